@@ -1,0 +1,1 @@
+"""Header readers: functions (bytes, offset) -> int, and the checksums."""
