@@ -1,0 +1,431 @@
+"""The contract of the control socket, and its client.
+
+A Unix stream socket that carries lines of JSON. A request is one line, `{"v":1,"command":"flows"}`. The
+answer is a head, `{"v":1,"ok":true}` or `{"v":1,"ok":false,"error":"a sentence"}`; after a good head come
+the rows of the answer, a line each, then `{"end":true,"count":N}`; then the daemon closes. Commands: status
+and stats (one row each), flows, drops, and events, whose rows come when something happens, until the client closes;
+of the policy: rules, explain, set, config and history; and reload, apply, confirm and rollback, which answer when it is
+done. A request may have arguments, `"args":{...}`.
+"""
+
+import os
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import msgspec
+from msgspec import UNSET, UnsetType
+
+VERSION: Final = 1
+DEFAULT_SOCKET: Final = "/run/conntrackd/control.sock"
+TIMEOUT_S: Final = 30.0
+CHUNK: Final = 1 << 16
+END_MARK: Final = b'{"end":true'
+
+
+class Request(msgspec.Struct):
+    """What a client asks for."""
+
+    v: int
+    command: str
+    args: dict[str, Any] = {}  # which ones there are depends on the command
+
+
+class Head(msgspec.Struct):
+    """The first line of an answer."""
+
+    v: int
+    ok: bool
+    error: str | UnsetType = UNSET
+
+
+class End(msgspec.Struct, kw_only=True):
+    """The last line of an answer: how many rows came before it."""
+
+    end: bool = True
+    count: int
+
+
+class Direction(msgspec.Struct, kw_only=True):
+    """One direction of a flow. Which of the optional fields are there depends on the protocol."""
+
+    src: str
+    dst: str
+    sport: int | UnsetType = UNSET
+    dport: int | UnsetType = UNSET
+    type: int | UnsetType = UNSET  # ICMP and ICMPv6, as the two below
+    code: int | UnsetType = UNSET
+    id: int | UnsetType = UNSET
+    srckey: int | UnsetType = UNSET  # GRE, as the one below
+    dstkey: int | UnsetType = UNSET
+    packets: int
+    bytes: int  # from the IP header on
+
+
+class Flow(msgspec.Struct, rename={"in_": "in"}):
+    """One confirmed connection."""
+
+    id: int
+    family: str  # ipv4, ipv6
+    protocol: str
+    protonum: int
+    zone: int
+    state: str | None  # null where the protocol has none
+    status: list[str]
+    timeout_seconds: int
+    age_seconds: int
+    orig: Direction
+    reply: Direction
+    mark: int
+    helper: str | None
+    master: int | None
+    rule: str
+    in_: str | None  # null: the router itself, as below
+    out: str | None
+    labels: str | UnsetType = UNSET  # hexadecimal, 128 bits; only where there are any
+
+
+class Event(msgspec.Struct, kw_only=True):
+    """What happened to a connection, and what it was like then."""
+
+    type: str  # NEW, UPDATE, DESTROY
+    time: str  # RFC 3339, UTC
+    changes: list[str]  # as the kernel's IPCT_*: RELATED, REPLY, ASSURED, PROTOINFO, MARK, ...
+    reason: str | None  # of a DESTROY: timeout, fin, rst, killed, evicted, policy
+    flow: Flow
+
+
+class Lost(msgspec.Struct, kw_only=True):
+    """Events that are not in the answer: the client was too slow for them."""
+
+    type: str = "LOST"
+    count: int
+
+
+class Expectation(msgspec.Struct, rename={"class_": "class"}, kw_only=True):
+    """One connection that a helper expects. Its destination is exact, its source may be open."""
+
+    id: int
+    family: str
+    protocol: str
+    protonum: int
+    zone: int
+    timeout_seconds: int
+    src: str | None  # null: any address; a network where it is any of these
+    dst: str
+    sport: int | UnsetType | None = UNSET  # null: any port
+    dport: int | UnsetType = UNSET
+    srckey: int | UnsetType = UNSET  # GRE, as the one below
+    dstkey: int | UnsetType = UNSET
+    helper: str
+    class_: str | None  # null where the helper knows one class only
+    flags: list[str]  # PERMANENT, INACTIVE
+    master: int  # id of the connection that announced it
+
+
+class Drop(msgspec.Struct, rename={"in_": "in"}, kw_only=True):
+    """One packet that was dropped: when, why, by which rule, and what it was as far as that could be read."""
+
+    time: str  # RFC 3339, UTC
+    reason: str
+    rule: str | None  # null: no rule was asked
+    family: str | None  # null, as the next four: the packet had no tuple that could be read
+    protocol: str | None
+    protonum: int | None
+    src: str | None
+    dst: str | None
+    sport: int | UnsetType = UNSET
+    dport: int | UnsetType = UNSET
+    type: int | UnsetType = UNSET
+    code: int | UnsetType = UNSET
+    id: int | UnsetType = UNSET
+    srckey: int | UnsetType = UNSET
+    dstkey: int | UnsetType = UNSET
+    in_: str | None  # null: the router itself
+    out: str | None  # null: the router itself, or not known where the packet was dropped
+
+
+class QueueStatus(msgspec.Struct):
+    """One queue: what we did with its packets, and what only the kernel knows about it."""
+
+    number: int
+    hooks: list[str]
+    max_length: int
+    packets: int
+    dropped: int  # by our verdict
+    errors: int  # packets on which our own code failed; their verdict is the configured one
+    verdict_errors: int  # messages with verdicts that the kernel did not take
+    latency_us: dict[str, int]  # packets by the time from wake-up to verdict: at most so many microseconds
+    socket_buffer: int  # bytes that the kernel may hold for the daemon, as granted
+    waiting: int
+    dropped_full: int  # never reached us: the queue was full
+    dropped_socket: int  # never reached us: the socket's buffer was full
+
+
+class Interface(msgspec.Struct):
+    """A network interface and the zone of the policy it belongs to."""
+
+    index: int
+    name: str
+    zone: str | None
+
+
+class Status(msgspec.Struct):
+    """The daemon as a whole."""
+
+    version: str
+    core: str  # compiled, pure
+    pid: int
+    uptime_seconds: int
+    config: str
+    generation: int
+    flows: int
+    flows_max: int  # 0: no limit
+    unconfirmed: int
+    unconfirmed_max: int
+    queues: list[QueueStatus]
+    interfaces: list[Interface]
+
+
+class RuleHits(msgspec.Struct):
+    """A rule of the policy and how many new connections it decided."""
+
+    name: str
+    action: str  # accept, drop
+    hits: int
+
+
+class Stats(msgspec.Struct):
+    """Counts since the start. The first thirteen have the kernel's names and meanings (`conntrack -S`)."""
+
+    found: int
+    invalid: int
+    insert: int
+    insert_failed: int
+    drop: int
+    early_drop: int
+    error: int
+    search_restart: int
+    clash_resolve: int
+    chaintoolong: int
+    expect_new: int
+    expect_create: int
+    expect_delete: int
+    created: int  # connections begun, confirmed or not
+    destroyed: int  # confirmed connections that ended
+    unconfirmed_expired: int  # connections whose first packet never left
+    unconfirmed_full: int  # of these: forgotten early because there were too many
+    expired_when_full: int  # expired connections that were cleared away because the table was full
+    emergency_drop: int  # connections that were ASSURED, but about to end, and made room in a full table
+    adaptive_drop: int  # connections that ended early because the table was filling up
+    table_full: int  # new connections refused: the table was full
+    source_full: int  # new connections refused: their source had too many
+    zone_full: int  # new connections refused: their conntrack zone had too many
+    closed: dict[str, int]  # connections that ended, by reason
+    listeners: int  # who reads events now
+    events: int  # that were kept for listeners
+    events_lost: int  # that a listener was too slow for
+    ctinfo: dict[str, int]  # packets by classification; the INVALID ones by reason
+    drops: dict[str, int]  # packets by the reason they were dropped for
+    rules: list[RuleHits]
+    queues: list[QueueStatus]
+
+
+class Mistake(msgspec.Struct):
+    """One mistake of a configuration: where it is, what it is, and what may be meant (mistakes.py)."""
+
+    file: str
+    line: int
+    column: int
+    end_column: int
+    message: str
+    hint: str
+    source: str
+
+
+class Change(msgspec.Struct, kw_only=True):
+    """What came of reload, apply, confirm or rollback."""
+
+    ok: bool
+    generation: int  # that is in force now
+    message: str
+    errors: list[Mistake] = []
+    remarks: list[str] = []
+
+
+class GenerationRow(msgspec.Struct):
+    """One generation of the policy (`history`)."""
+
+    generation: int
+    time: str  # RFC 3339, UTC
+    who: str
+    how: str
+    file: str
+    rules: int
+    state: str
+
+
+class SourceText(msgspec.Struct):
+    """One file of the configuration of a generation (`config`)."""
+
+    name: str
+    text: str
+
+
+class Apply(msgspec.Struct):
+    """The arguments of `apply`: the files of a configuration, the main one first, and how long it is on trial."""
+
+    files: list[SourceText]
+    confirm_ms: int = 0  # 0: it stays
+
+
+class ExplainStep(msgspec.Struct):
+    """One rule that was asked (`explain`); the last one decides."""
+
+    rule: str
+    action: str
+    matches: bool
+    why: str
+
+
+class RuleRow(msgspec.Struct):
+    """A rule and what it did (`rules hits`)."""
+
+    name: str
+    action: str
+    hits: int  # packets that it decided, or logged
+    flows: int  # connections that it admitted
+    live: int  # of these: still there
+    packets: int  # of its connections, or that it stopped
+    bytes: int
+    last_hit: str | None  # RFC 3339, UTC
+
+
+class SetRow(msgspec.Struct):
+    """A set of addresses (`set list`)."""
+
+    name: str
+    configured: int
+    added: int
+    size: int
+    refused: int  # additions for which there was no room
+
+
+class SetEntry(msgspec.Struct):
+    """An address or network in a set (`set list NAME`)."""
+
+    address: str
+    configured: bool
+    timeout_seconds: int | None  # null: none
+
+
+class Done(msgspec.Struct):
+    """What came of a command that changes something."""
+
+    message: str
+
+
+class DaemonNotRunningError(Exception):
+    """Nobody listens on the control socket; the text is one sentence."""
+
+
+class RequestError(Exception):
+    """The daemon did not do what it was asked; the text is one sentence."""
+
+
+def timestamp(seconds: float) -> str:
+    """Write a time of the wall clock as everything here does: RFC 3339, UTC."""
+    return datetime.fromtimestamp(seconds, UTC).isoformat(timespec="milliseconds")
+
+
+def socket_path(given: str | None) -> str:
+    """Choose the control socket: the one given, else the environment's, else the default."""
+    return given or os.environ.get("CONNTRACKD_SOCKET") or DEFAULT_SOCKET
+
+
+def request(
+    path: str, command: str, args: dict[str, Any] | None = None, timeout_s: float = TIMEOUT_S
+) -> Iterator[bytes]:
+    """Ask the daemon behind the socket `path`; yields the rows of its answer as JSON.
+
+    Raises DaemonNotRunningError or RequestError; only a return without one means that the answer was
+    complete.
+    """
+    with _asked(path, command, args or {}, timeout_s) as connection:
+        yield from _answer(_lines(connection))
+
+
+def listen(path: str, command: str, seconds: float | None) -> Iterator[bytes]:
+    """Ask for what happens from now on, for so long or, with None, as long as the daemon runs; yields rows as JSON.
+
+    Raises DaemonNotRunningError or RequestError.
+    """
+    with _asked(path, command, {}, TIMEOUT_S) as connection:
+        lines = _lines(connection)
+        _check_head(lines)
+        end_s = None if seconds is None else time.monotonic() + seconds
+        while True:
+            left_s = None if end_s is None else end_s - time.monotonic()
+            if left_s is not None and left_s <= 0:
+                return
+            connection.settimeout(left_s)
+            try:
+                row = next(lines, None)
+            except TimeoutError:
+                return
+            if row is None:
+                raise RequestError("conntrackd has ended.")
+            yield row
+
+
+@contextmanager
+def _asked(path: str, command: str, args: dict[str, Any], timeout_s: float) -> Iterator[socket.socket]:
+    """Connect, send the request, and turn what goes wrong into sentences."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(timeout_s)
+        try:
+            connection.connect(path)
+            connection.sendall(msgspec.json.encode(Request(VERSION, command, args)) + b"\n")
+            yield connection
+        except (FileNotFoundError, ConnectionRefusedError):
+            raise DaemonNotRunningError(f"No conntrackd answers on {path}: it is not running.") from None
+        except PermissionError:
+            raise RequestError(f"The control socket {path} is not open to this user: try as root.") from None
+        except TimeoutError:
+            raise RequestError(f"conntrackd gave no answer on {path} within {timeout_s:.0f} s.") from None
+        except OSError as error:
+            raise RequestError(f"Speaking to conntrackd on {path} failed: {error.strerror}.") from None
+
+
+def _answer(lines: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield the rows between a good head and the end."""
+    _check_head(lines)
+    for line in lines:
+        if line.startswith(END_MARK):
+            return
+        yield line
+    raise RequestError("conntrackd closed the connection in the middle of its answer.")
+
+
+def _check_head(lines: Iterator[bytes]) -> None:
+    """Read the head of an answer; RequestError if it is a bad one."""
+    first = next(lines, None)
+    if first is None:
+        raise RequestError("conntrackd closed the connection without an answer.")
+    try:
+        head = msgspec.json.decode(first, type=Head)
+    except msgspec.MsgspecError:
+        raise RequestError("What answers on the control socket is not conntrackd.") from None
+    if not head.ok:
+        raise RequestError(str(head.error))
+
+
+def _lines(connection: socket.socket) -> Iterator[bytes]:
+    """Split what arrives into lines, until the other side closes."""
+    rest = b""
+    while chunk := connection.recv(CHUNK):
+        *lines, rest = (rest + chunk).split(b"\n")
+        yield from lines

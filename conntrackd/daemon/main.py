@@ -1,0 +1,261 @@
+"""The daemon: one thread, one loop over the queues, the control socket, link changes and signals.
+
+The postrouting queue goes first, for its packets have cost us work already, and the prerouting queue yields
+after a few: so under a flood what was let in gets out, and timers and clients get their turn.
+"""
+
+import gc as garbage
+import select
+import selectors
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from importlib.metadata import version
+from types import FrameType
+from typing import Final
+
+import msgspec
+import structlog
+
+from conntrackd import config as config_file
+from conntrackd.config import Config, ConfigErrors
+from conntrackd.core.conntrack import gc
+from conntrackd.core.net import Conntrack
+from conntrackd.daemon import log as log_setup
+from conntrackd.daemon import packetlog
+from conntrackd.daemon.answerer import Answerer
+from conntrackd.daemon.answers import Answers
+from conntrackd.daemon.control import Asked, Control, ControlError
+from conntrackd.daemon.generations import Generations
+from conntrackd.daemon.links import Links
+from conntrackd.daemon.mark import Mark
+from conntrackd.daemon.nfnetlink import NFQA_CFG_F_FAIL_OPEN, NFQA_CFG_F_GSO
+from conntrackd.daemon.policyanswers import PolicyAnswers
+from conntrackd.daemon.queue import Queue, QueueError
+from conntrackd.daemon.simulate import SimulateError, Track, tracking
+from conntrackd.daemon.watch import TableWatch
+from conntrackd.hooks import Firewall
+from conntrackd.policy.compile import compile as compile_ruleset
+
+EXIT_OK: Final = 0
+EXIT_FAILED: Final = 1
+EXIT_USAGE: Final = 2
+
+# Packets per turn of the loop.
+TRACK_BUDGET: Final = 64
+CONFIRM_BUDGET: Final = 512
+
+TICK_MS: Final = 1000  # how often the control socket looks for clients that hang
+# Waking up costs more than a packet does. While many come, the loop waits a moment after it has emptied the queues, so
+# that it wakes up for several at once: as a network card does with its interrupts.
+RATE_MS: Final = 10
+COALESCE_RATE: Final = 20  # packets per millisecond
+COALESCE_S: Final = 50e-6
+SOON_MS: Final = 5  # while something is under way beside the packets
+DRAIN_MS: Final = 1000  # how long a stopping daemon gives verdicts to what already waits
+
+log = structlog.get_logger()
+
+
+def run(file: str, socket_path: str, simulate: str | None) -> int:
+    """Run the daemon in the foreground until SIGTERM or SIGINT; returns the exit code."""
+    log_setup.configure()
+    try:
+        track = tracking(simulate)
+        config = config_file.load(file)
+    except (SimulateError, ConfigErrors) as error:
+        print(error, file=sys.stderr)  # noqa: T201 - for the operator, who reads it as it is
+        return EXIT_USAGE
+    daemon = Daemon(config, file, track)
+    try:
+        daemon.open(socket_path)
+    except (ControlError, QueueError) as error:
+        print(error, file=sys.stderr)  # noqa: T201
+        return EXIT_FAILED
+    else:
+        daemon.loop()
+    finally:
+        daemon.close()
+    return EXIT_OK
+
+
+def monotonic_ms() -> int:
+    """Read the clock that every time in the daemon is of."""
+    return time.monotonic_ns() // 1_000_000
+
+
+class Daemon:
+    """The parts, and the loop that drives them."""
+
+    def __init__(self, config: Config, file: str, track: Track) -> None:
+        self._stop = 0  # the signal that ends the loop
+        self._config = config
+        self._selector = selectors.EpollSelector()
+        now_ms = monotonic_ms()
+        self._links = Links()
+        ruleset = compile_ruleset(config, generation=1)
+        self._net = Conntrack(config.sysctl())
+        self._net.broadcasts = self._links.broadcasts
+        self._fw = fw = Firewall(self._net, ruleset)
+        mark = Mark(config.queue.mark_mask)
+        self._generations = Generations(config, file, fw, self._links)
+        self._answerer = Answerer(mark)
+        accept_on_error = self._generations.accept_on_error
+        track_number, confirm_number = config.queue.numbers
+        self._track = Queue(track_number, fw, mark, accept_on_error, track)
+        self._confirm = Queue(confirm_number, fw, mark, accept_on_error)
+        queues = (self._track, self._confirm)
+        self._answers = Answers(version("conntrackd"), config, file, fw, self._links, queues, now_ms)
+        self._policy_answers = PolicyAnswers(fw, self._links)
+        self._watch = TableWatch(self._net)
+        self._control: Control | None = None
+        # Packets come through `_packets`, all else through `_selector`, whose own descriptor is watched there too.
+        self._packets = select.epoll()
+        self._packets.register(self._selector.fileno(), select.EPOLLIN)
+        self._wakeup, self._wakeup_write = socket.socketpair()
+
+    def open(self, socket_path: str) -> None:
+        """Take hold of the control socket, the signals and the queues. Raises ControlError or QueueError."""
+        self._control = Control(socket_path, self._selector, self._answer)
+        self._catch_signals()
+        self._selector.register(self._links, selectors.EVENT_READ, self._on_links)
+        # Packets come as soon as a queue is bound, so the queues are last; the confirming one is ready first.
+        settings = self._config.queue
+        flags = NFQA_CFG_F_GSO if settings.gso else 0
+        if self._config.exception.queue_overflow == "accept":
+            flags |= NFQA_CFG_F_FAIL_OPEN
+        for queue in (self._confirm, self._track):
+            queue.bind(settings.max_length, settings.socket_buffer, flags)
+            self._packets.register(queue.fileno(), select.EPOLLIN)
+        self._answerer.open()  # after the queues: who may not bind them is told only that
+        log.info("ready", queues=list(self._config.queue.numbers), control=socket_path)
+
+    def _catch_signals(self) -> None:
+        """Make signals wake the loop and set a flag: a handler that raised would lose the packet in hand."""
+        for end in (self._wakeup, self._wakeup_write):
+            end.setblocking(False)
+        signal.set_wakeup_fd(self._wakeup_write.fileno(), warn_on_full_buffer=False)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._on_stop)
+        signal.signal(signal.SIGHUP, lambda _number, _frame: None)  # losing the terminal is no reason to stop
+        self._selector.register(self._wakeup, selectors.EVENT_READ, lambda _events: self._wakeup.recv(64))
+
+    def _answer(self, asked: Asked) -> Iterator[msgspec.Struct | None] | None:
+        for part in (self._answers, self._policy_answers, self._generations):
+            rows = part.rows(asked)
+            if rows is not None:
+                return rows
+        return None
+
+    def _on_stop(self, number: int, _frame: FrameType | None) -> None:
+        self._stop = number
+
+    def _on_links(self, _events: int) -> None:
+        renamed = self._links.read()
+        self._net.broadcasts = self._links.broadcasts
+        if renamed:
+            self._generations.set_links()
+            log.info("links_changed", interfaces=sorted(self._links.names.values()))
+
+    def _read_clock(self) -> int:
+        """Read the clock once for everything that this wake-up does."""
+        now_ms = monotonic_ms()
+        self._track.now_ms = self._confirm.now_ms = now_ms
+        return now_ms
+
+    def _serve_others(self, now_ms: int) -> None:
+        """Do what waits besides packets: clients, links, signals."""
+        assert self._control is not None
+        self._answers.now_ms = self._policy_answers.now_ms = self._generations.now_ms = self._control.now_ms = now_ms
+        for key, events in self._selector.select(0):
+            key.data(events)
+
+    def loop(self) -> None:
+        """Serve until a signal says stop; then give verdicts to what waits."""
+        assert self._control is not None
+        now_ms = self._read_clock()
+        gc_ms = tick_ms = rate_ms = now_ms
+        counted = told_seq = 0
+        many = False
+        track_fd, confirm_fd = self._track.fileno(), self._confirm.fileno()
+        # Python's collector looks for cycles in every object there is, and would hold the packets up for as long as the
+        # table is big. Connections have no cycles: they go when the table lets go of them.
+        garbage.freeze()
+        garbage.disable()
+        while not self._stop:
+            wake_ms = min(gc_ms, tick_ms)
+            if self._control.waits() or self._generations.busy():
+                wake_ms = min(wake_ms, now_ms + (0 if self._fw.rejudging else SOON_MS))
+            ready = self._packets.poll(max(0, wake_ms - now_ms) / 1000)
+            now_ms = self._read_clock()
+            confirm_waits = track_waits = others_wait = False
+            for fd, _ in ready:
+                if fd == track_fd:
+                    track_waits = True
+                elif fd == confirm_fd:
+                    confirm_waits = True
+                else:
+                    others_wait = True
+            emptied = True
+            if confirm_waits:
+                emptied = self._confirm.turn(CONFIRM_BUDGET)
+            if track_waits:
+                emptied = self._track.turn(TRACK_BUDGET) and emptied
+            if self._fw.answers:
+                self._answerer.send(self._fw.answers)
+            if self._fw.logs:
+                packetlog.write(self._fw, self._answers.interface)
+            if others_wait:
+                self._serve_others(now_ms)
+            if self._generations.busy():
+                self._generations.now_ms = now_ms
+                self._generations.turn()
+                self._track.accept_on_error = self._confirm.accept_on_error = self._generations.accept_on_error
+            if self._control.waits():
+                self._answers.now_ms = self._policy_answers.now_ms = self._control.now_ms = now_ms
+                self._control.resume()
+            if now_ms >= gc_ms:
+                gc_ms = gc(self._net, now_ms)
+            if self._net.events.seq != told_seq:
+                told_seq = self._net.events.seq
+                self._answers.now_ms = self._control.now_ms = now_ms
+                self._control.wake()
+            if now_ms >= tick_ms:
+                self._control.now_ms = now_ms
+                self._control.tick()
+                self._watch.tick()
+                self._generations.now_ms = now_ms
+                self._generations.tick()
+                tick_ms = now_ms + TICK_MS
+            if now_ms >= rate_ms:
+                packets = self._track.packets + self._confirm.packets
+                many = packets - counted > COALESCE_RATE * (RATE_MS + now_ms - rate_ms)
+                counted, rate_ms = packets, now_ms + RATE_MS
+            if many and emptied:
+                time.sleep(COALESCE_S)
+        log.info("stopping", signal=signal.Signals(self._stop).name)
+        self._drain()
+
+    def _drain(self) -> None:
+        """Give verdicts until nothing waits, or for DRAIN_MS when there is no end of it."""
+        end_ms = self._read_clock() + DRAIN_MS
+        # What the tracking queue lets pass comes to the confirming one, so that is asked last.
+        while not (self._track.turn(TRACK_BUDGET) and self._confirm.turn(CONFIRM_BUDGET)):
+            if self._read_clock() >= end_ms:
+                return
+
+    def close(self) -> None:
+        """Let go of everything that `open` took hold of."""
+        self._track.unbind()
+        self._confirm.unbind()
+        if self._control is not None:
+            self._control.close()
+        signal.set_wakeup_fd(-1)
+        self._wakeup.close()
+        self._wakeup_write.close()
+        self._answerer.close()
+        self._links.close()
+        self._packets.close()
+        self._selector.close()

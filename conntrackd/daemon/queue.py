@@ -1,0 +1,306 @@
+"""A netfilter queue: packets in, verdicts out.
+
+NetfilterQueue binds the queue and sets it up. Its own receive loop is not used: it reads one packet per system call,
+into a buffer of 4096 bytes that must hold the kernel's metadata as well (a longer message is lost together with its
+place in the queue), and it hides whether a checksum is finished. Instead the messages are taken from its socket many
+at a time (mmsg.py) and read here. A payload is never given back to the kernel; the true lengths of a packet that is
+cut stand in its IP header.
+
+Verdicts are not sent one by one either: they are collected, each with its own mark, and go out in one message when
+the socket is empty or the budget of the turn is spent. The kernel carries them out in their order.
+"""
+
+import errno
+import os
+import socket
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final, NamedTuple
+
+import structlog
+from netfilterqueue import NetfilterQueue
+
+from conntrackd.const import DROP, NF_ACCEPT, NF_DROP, NF_INET_LOCAL_OUT, NF_INET_PRE_ROUTING
+from conntrackd.daemon.mark import Mark
+from conntrackd.daemon.mmsg import Inbox
+from conntrackd.daemon.nfnetlink import (
+    MARK_HEAD,
+    NFQA_IFINDEX_INDEV,
+    NFQA_IFINDEX_OUTDEV,
+    NFQA_MARK,
+    NFQA_PACKET_HDR,
+    NFQA_PAYLOAD,
+    NFQA_SKB_CSUM_NOTVERIFIED,
+    NFQA_SKB_INFO,
+    NFQNL_MSG_PACKET,
+    NLMSG_ERROR,
+    VERDICT,
+    native16,
+    set_flags,
+    verdict_head,
+)
+from conntrackd.hooks import Firewall, post_routing, pre_routing
+from conntrackd.wire.fields import u32
+
+COPY_RANGE: Final = 3900  # bytes of a packet: more would not fit NetfilterQueue's buffer if its loop ever ran
+MESSAGE_MAX: Final = 4352  # a packet and what the kernel says about it
+MESSAGES_AT_ONCE: Final = 64
+MESSAGE_HEADER: Final = 20  # nlmsghdr and nfgenmsg; attributes follow
+# What the kernel charges the socket for a packet of common size, and half of what it charges for a big one; it grants
+# twice what it is asked for.
+SOCKET_BYTES_PER_PACKET: Final = 2304
+SOCKET_BUFFER_MAX: Final = (1 << 30) - 1  # the kernel's own limit
+LOG_PAUSE_MS: Final = 1000
+# Of the calling thread: tests run queues in the network namespace of a thread.
+PROC: Final = Path("/proc/thread-self/net/netfilter/nfnetlink_queue")
+# Upper bounds of the latency histogram, in microseconds; one more count holds what is above.
+LATENCY_BOUNDS_US: Final = (10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000)
+
+log = structlog.get_logger()
+
+
+class QueueError(Exception):
+    """A queue can't be bound; the text is one sentence for the operator."""
+
+
+class KernelQueue(NamedTuple):
+    """What the kernel says about one bound queue; it alone knows of packets that never reached us."""
+
+    portid: int
+    waiting: int
+    dropped_full: int
+    dropped_socket: int
+
+
+class Queue:
+    """One bound queue.
+
+    `accept_on_error` is the verdict for a packet on which our own code failed; `now_ms` is set by the loop before each
+    turn. `track` is hooks.pre_routing, or a stand-in that fails on purpose.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        fw: Firewall,
+        mark: Mark,
+        accept_on_error: bool,
+        track: Callable[[Firewall, bytes, int, int, int, int], int] = pre_routing,
+    ) -> None:
+        self.number = number
+        self.now_ms = 0
+        self.packets = 0
+        self.dropped = 0
+        self.errors = 0
+        self.verdict_errors = 0  # verdicts that the kernel did not take
+        self.overruns = 0  # times that the socket's buffer ran over; the kernel counts the packets
+        self.latency = [0] * (len(LATENCY_BOUNDS_US) + 1)  # packets by time from the wake-up to the verdict
+        self._fw = fw
+        self._mark = mark
+        self.accept_on_error = accept_on_error
+        self._track = track
+        self._logged_ms = -LOG_PAUSE_MS
+        self._unlogged = 0
+        self._nfqueue: NetfilterQueue | None = None
+        self._fd = -1
+        self._inbox = Inbox(MESSAGES_AT_ONCE, MESSAGE_MAX)
+        self._head = verdict_head(number, VERDICT.size)
+        self._verdicts: list[bytes] = []
+
+    def bind(self, max_length: int, socket_buffer: int, flags: int) -> None:
+        """Bind the queue, `max_length` packets long; the buffer (bytes) holds as many. Raises QueueError.
+
+        `flags` are nfnetlink's NFQA_CFG_F_*.
+        """
+        try:
+            nfqueue = NetfilterQueue()
+        except OSError as error:
+            raise QueueError(
+                f"Queue {self.number} can't be bound: it needs root (the capability CAP_NET_ADMIN) "
+                "and a kernel with nfnetlink_queue."
+            ) from error
+        with warnings.catch_warnings(record=True) as short:
+            warnings.simplefilter("always")
+            try:
+                nfqueue.bind(
+                    self.number,
+                    _unused,
+                    max_len=max_length,
+                    range=COPY_RANGE,
+                    sock_len=min(max(socket_buffer, max_length * SOCKET_BYTES_PER_PACKET), SOCKET_BUFFER_MAX),
+                )
+            except OSError as error:
+                raise QueueError(self._why_not()) from error
+        for warning in short:
+            log.warning("queue_buffer_short", queue=self.number, detail=str(warning.message))
+        self._nfqueue = nfqueue
+        self._fd = nfqueue.get_fd()
+        try:
+            set_flags(self._fd, self.number, flags)
+        except OSError as error:
+            self.unbind()
+            raise QueueError(f"Queue {self.number} can't be set up: {error.strerror}.") from error
+
+    def _why_not(self) -> str:
+        owner = kernel_queues().get(self.number)
+        if owner is None:
+            return f"Queue {self.number} can't be bound: the kernel refused it and nobody else holds it."
+        return (
+            f"Queue {self.number} is already bound by {_process(owner.portid)}: "
+            "stop it, or set another queue number in the configuration."
+        )
+
+    def fileno(self) -> int:
+        """The descriptor that is readable while packets wait."""
+        return self._fd
+
+    def socket_buffer(self) -> int:
+        """Bytes that the kernel may hold for us, as it granted them; 0 while nothing is bound."""
+        if self._nfqueue is None:
+            return 0
+        with socket.socket(fileno=os.dup(self._fd)) as sock:
+            return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+
+    def turn(self, budget: int) -> bool:
+        """Give verdicts until the queue is empty or `budget` packets are done; say whether it was emptied."""
+        woken_ns = time.monotonic_ns()
+        left = budget
+        emptied = False
+        while left > 0 and not emptied:
+            wanted = min(left, MESSAGES_AT_ONCE)
+            try:
+                received = self._inbox.receive(self._fd, wanted)
+            except BlockingIOError:
+                break
+            except OSError as error:
+                if error.errno != errno.ENOBUFS:
+                    raise
+                self.overruns += 1  # said once; what is in the buffer is still to be read
+                continue
+            for slot in range(received):
+                self.on_message(self._inbox.message(slot))
+            self._send()
+            left -= received
+            emptied = received < wanted
+        if left < budget:
+            self._observe((time.monotonic_ns() - woken_ns) // 1000, budget - left)
+        return left > 0
+
+    def unbind(self) -> None:
+        """Give the queue back; the kernel drops what still waits in it."""
+        if self._nfqueue is not None:
+            self._nfqueue.unbind()
+            self._nfqueue = None
+
+    def on_message(self, message: bytes) -> None:
+        """Read a message and decide on its packet. Every way out of here with a packet has recorded a verdict."""
+        kind = native16(message, 4)
+        if kind != NFQNL_MSG_PACKET:
+            if kind == NLMSG_ERROR and u32(message, 16) != 0:
+                self.verdict_errors += 1
+            return
+        packet_id = hook = mark = iif = oif = info = 0
+        data = b""
+        at = MESSAGE_HEADER
+        end = len(message)
+        while at + 4 <= end:
+            size = native16(message, at)
+            kind = native16(message, at + 2)
+            if kind == NFQA_PAYLOAD:
+                data = message[at + 4 : at + size]
+            elif kind == NFQA_PACKET_HDR:
+                packet_id = u32(message, at + 4)
+                hook = message[at + 10]
+            elif kind == NFQA_MARK:
+                mark = u32(message, at + 4)
+            elif kind == NFQA_IFINDEX_INDEV:
+                iif = u32(message, at + 4)
+            elif kind == NFQA_IFINDEX_OUTDEV:
+                oif = u32(message, at + 4)
+            elif kind == NFQA_SKB_INFO:
+                info = u32(message, at + 4)
+            at += (size + 3) & ~3
+
+        self.packets += 1
+        try:
+            if hook == NF_INET_PRE_ROUTING or hook == NF_INET_LOCAL_OUT:
+                self._fw.checksum = info & NFQA_SKB_CSUM_NOTVERIFIED != 0
+                bits = self._track(self._fw, data, hook, iif, self.now_ms, mark)
+            else:
+                bits = post_routing(self._fw, data, self._mark.read(mark), hook, iif, oif, self.now_ms, mark)
+        except Exception:
+            bits = self._failed(self._mark.read(mark))
+        if bits == DROP:
+            self.dropped += 1
+            self._verdicts.append(VERDICT.pack(self._head, NF_DROP, packet_id, MARK_HEAD, mark))
+        else:
+            mark = mark & self._mark.keep | self._mark.lay[bits]
+            self._verdicts.append(VERDICT.pack(self._head, NF_ACCEPT, packet_id, MARK_HEAD, mark))
+
+    def _send(self) -> None:
+        """Send the collected verdicts; the kernel carries them out before this returns."""
+        if not self._verdicts:
+            return
+        message = b"".join(self._verdicts)
+        self._verdicts.clear()
+        try:
+            os.write(self._fd, message)
+        except OSError as error:
+            self.verdict_errors += 1
+            if self._may_log():
+                log.warning("verdicts_refused", queue=self.number, error=error.strerror, suppressed=self._unlogged)
+                self._unlogged = 0
+
+    def _observe(self, took_us: int, packets: int) -> None:
+        """Count packets in the latency histogram: none waited longer for its verdict than the whole turn took."""
+        for slot, bound in enumerate(LATENCY_BOUNDS_US):
+            if took_us <= bound:
+                self.latency[slot] += packets
+                return
+        self.latency[-1] += packets
+
+    def _failed(self, bits: int) -> int:
+        """Decide on a packet that our own code failed on, as configured, and say so now and then."""
+        self.errors += 1
+        if self._may_log():
+            log.exception(
+                "packet_failed",
+                queue=self.number,
+                verdict="accept" if self.accept_on_error else "drop",
+                suppressed=self._unlogged,
+            )
+            self._unlogged = 0
+        return bits if self.accept_on_error else DROP
+
+    def _may_log(self) -> bool:
+        """Whether it is time for another line about trouble on the packet path."""
+        if self.now_ms - self._logged_ms < LOG_PAUSE_MS:
+            self._unlogged += 1
+            return False
+        self._logged_ms = self.now_ms
+        return True
+
+
+def _unused(_packet: object) -> None:
+    """Stand where NetfilterQueue wants a callback: its loop never runs."""
+
+
+def kernel_queues() -> dict[int, KernelQueue]:
+    """The queues that are bound in this network namespace, by number."""
+    try:
+        text = PROC.read_text()
+    except OSError:
+        return {}
+    rows = [[int(word) for word in line.split()] for line in text.splitlines()]
+    return {row[0]: KernelQueue(row[1], row[2], row[5], row[6]) for row in rows}
+
+
+def _process(portid: int) -> str:
+    """Name the owner of a netlink port: its number is as a rule the owner's process id."""
+    try:
+        name = Path(f"/proc/{portid}/comm").read_text().strip()
+    except OSError:
+        return f"another process (netlink port {portid})"
+    return f"process {portid} ({name})"
