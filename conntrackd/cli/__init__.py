@@ -1,0 +1,1 @@
+"""The command line. It speaks to the daemon through api.py only."""

@@ -1,0 +1,76 @@
+"""`conntrackd events`: what happens to connections, as it happens."""
+
+import argparse
+import re
+import sys
+from collections.abc import Iterator
+
+import msgspec
+
+from conntrackd import api
+from conntrackd.cli.output import EXIT_OK, endpoint, remark
+
+LOST = b'{"type":"LOST"'
+UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the sub-command."""
+    parser = subparsers.add_parser("events", help="follow what happens to connections")
+    parser.add_argument(
+        "-o", "--output", choices=["table", "json", "jsonl"], default="table", help="json, jsonl: an object per line"
+    )
+    parser.add_argument("--for", dest="seconds", metavar="TIME", type=_time, help="end after TIME, as 30s or 5m")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Follow them until the time is over or the daemon ends; returns the exit code."""
+    rows = api.listen(api.socket_path(getattr(args, "socket", None)), "events", args.seconds)
+    if args.output == "table":
+        for line in _lines(rows):
+            print(line, flush=True)
+        return EXIT_OK
+    for row in rows:
+        sys.stdout.buffer.write(row + b"\n")
+        sys.stdout.buffer.flush()
+    return EXIT_OK
+
+
+def _lines(rows: Iterator[bytes]) -> Iterator[str]:
+    """Write events as conntrack -E does: one a line, the columns not wider than they must be."""
+    from datetime import datetime
+
+    decoder = msgspec.json.Decoder(api.Event)
+    for row in rows:
+        if row.startswith(LOST):
+            lost = msgspec.json.decode(row, type=api.Lost)
+            remark(f"{lost.count} events are missing here: they came faster than they were read")
+            continue
+        event = decoder.decode(row)
+        flow = event.flow
+        yield " ".join(
+            word
+            for word in (
+                datetime.fromisoformat(event.time).astimezone().strftime("%H:%M:%S.%f")[:-3],
+                f"{event.type:<7}",
+                flow.protocol,
+                flow.state,
+                endpoint(flow.orig.src, flow.orig.sport),
+                ">",
+                endpoint(flow.orig.dst, flow.orig.dport),
+                "" if "SEEN_REPLY" in flow.status else "UNREPLIED",
+                "ASSURED" if "ASSURED" in flow.status else "",
+                f"zone={flow.zone}" if flow.zone else "",
+                f"rule={flow.rule}" if flow.rule else "",
+                f"reason={event.reason}" if event.reason else "",
+            )
+            if word
+        )
+
+
+def _time(text: str) -> float:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h)?", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time (expected as 30s, 5m or 500ms)")
+    return float(found[1]) * UNITS[found[2] or ""]

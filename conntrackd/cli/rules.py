@@ -1,0 +1,86 @@
+"""`conntrackd rules`: the iptables rules that bring packets to the daemon."""
+
+import argparse
+from datetime import UTC, datetime
+
+import msgspec
+
+from conntrackd import api, config
+from conntrackd.cli.output import EXIT_FAILED, EXIT_OK, EXIT_USAGE, duration, json_array, remark, table
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the sub-command."""
+    parser = subparsers.add_parser(
+        "rules",
+        help="install, remove or show the rules that bring packets to the daemon; show what the policy's rules did",
+    )
+    parser.add_argument(
+        "action",
+        nargs="?",
+        default="hits",
+        choices=["hits", "show", "install", "remove"],
+        help="hits (the default): list the rules of the policy in force, and what each did; "
+        "show: print what install loads; install: load our iptables chains, again and again if need be; "
+        "remove: take them all out (needs no configuration)",
+    )
+    parser.add_argument("--unused", action="store_true", help="hits: only rules that have decided nothing")
+    parser.add_argument("-o", "--output", choices=["table", "json"], default="table", help="of hits")
+    parser.add_argument(
+        "--config", metavar="FILE", default=config.DEFAULT_FILE, help="configuration (default: %(default)s)"
+    )
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do it; returns the exit code."""
+    if args.action == "hits":
+        return _hits(args)
+    from conntrackd.daemon import rules
+
+    try:
+        if args.action == "remove":
+            rules.remove()
+            return EXIT_OK
+        checked = config.load(args.config)
+        if args.action == "show":
+            print(rules.show(checked), end="")
+        else:
+            rules.install(checked)
+    except config.ConfigErrors as errors:
+        remark(str(errors))
+        return EXIT_USAGE
+    except rules.RulesError as error:
+        remark(str(error))
+        return EXIT_FAILED
+    return EXIT_OK
+
+
+def _hits(args: argparse.Namespace) -> int:
+    encoded = api.request(api.socket_path(getattr(args, "socket", None)), "rules")
+    rows = [msgspec.json.decode(row, type=api.RuleRow) for row in encoded]
+    if args.unused:
+        rows = [row for row in rows if not row.hits and not row.name.startswith("default-")]
+    if args.output == "json":
+        json_array(map(msgspec.json.encode, rows))
+        return EXIT_OK
+    table(
+        ("RULE", "ACTION", "HITS", "FLOWS", "LIVE", "PACKETS", "BYTES", "LAST HIT"),
+        [
+            (
+                row.name,
+                row.action,
+                *map(str, (row.hits, row.flows, row.live, row.packets, row.bytes)),
+                _ago(row.last_hit),
+            )
+            for row in rows
+        ],
+    )
+    return EXIT_OK
+
+
+def _ago(moment: str | None) -> str:
+    if moment is None:
+        return "never"
+    since = datetime.now(UTC) - datetime.fromisoformat(moment)
+    return f"{duration(max(0, int(since.total_seconds())))} ago"
