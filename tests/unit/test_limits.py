@@ -2,12 +2,11 @@
 
 import pytest
 
-from conntrackd.policy import limits
-from conntrackd.policy.limits import PER_DST, PER_RULE, PER_SRC, Bucket, RateLimit
+from conntrackd.policy.limits import KEYS_MAX, PER_DST, PER_RULE, PER_SRC, Bucket, RateLimit
 
 
 def tuple_(source: int, destination: int = 1) -> bytes:
-    return bytes((6, 10, 0, 0, source, 10, 9, 9, destination, 0, 1, 0, 2))
+    return bytes((6, 10, *source.to_bytes(3, "big"), 10, 9, 9, destination, 0, 1, 0, 2))
 
 
 def test_a_bucket_gives_its_burst_at_once_and_then_its_rate() -> None:
@@ -45,12 +44,12 @@ def test_whose_the_bucket_is(per: int, second_source: bool, second_destination: 
     assert limit.take(tuple_(1, 2), 0) == second_destination
 
 
-def test_sources_are_forgotten_when_there_are_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(limits, "KEYS_MAX", 8)
+def test_sources_are_forgotten_when_there_are_too_many() -> None:
     limit = RateLimit(1, 3_600_000, 1, PER_SRC)
-    for source in range(200):
+    for source in range(2 * KEYS_MAX):
         assert limit.take(tuple_(source), 0)
         # The most recent ones are remembered.
         assert not limit.take(tuple_(source), 0)
         assert not source or not limit.take(tuple_(source - 1), 0)
-        assert len(limit.full_ns) + len(limit.full_old_ns) <= 8
+        assert len(limit.full_ns) + len(limit.full_old_ns) <= KEYS_MAX
+    assert limit.take(tuple_(0), 0)
