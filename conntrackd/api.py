@@ -3,9 +3,9 @@
 A Unix stream socket that carries lines of JSON. A request is one line, `{"v":1,"command":"flows"}`. The
 answer is a head, `{"v":1,"ok":true}` or `{"v":1,"ok":false,"error":"a sentence"}`; after a good head come
 the rows of the answer, a line each, then `{"end":true,"count":N}`; then the daemon closes. Commands: status
-and stats (one row each), flows, drops, and events, whose rows come when something happens, until the client closes;
-of the policy: rules, explain, set, config and history; and reload, apply, confirm and rollback, which answer when it is
-done. A request may have arguments, `"args":{...}`.
+and stats (one row each), flows, flow, count, kill, drops, and events, whose rows come when something happens, until the
+client closes; of the policy: rules, explain, set, config and history; and reload, apply, confirm and rollback, which
+answer when it is done. A request may have arguments, `"args":{...}`: the structs here whose names end in Args.
 """
 
 import os
@@ -49,6 +49,25 @@ class End(msgspec.Struct, kw_only=True):
     count: int
 
 
+class FilterArgs(msgspec.Struct, forbid_unknown_fields=True):
+    """The arguments of `flows`, `count` and `events`: which connections, all if it is empty (docs/filter.md)."""
+
+    filter: str = ""
+
+
+class KillArgs(msgspec.Struct, forbid_unknown_fields=True):
+    """The arguments of `kill`, which answers with the flows that it has ended; `dry_run`: that it would end."""
+
+    filter: str
+    dry_run: bool = False
+
+
+class FlowArgs(msgspec.Struct, forbid_unknown_fields=True):
+    """The arguments of `flow`."""
+
+    id: int
+
+
 class Direction(msgspec.Struct, kw_only=True):
     """One direction of a flow. Which of the optional fields are there depends on the protocol."""
 
@@ -86,6 +105,13 @@ class Flow(msgspec.Struct, rename={"in_": "in"}):
     in_: str | None  # null: the router itself, as below
     out: str | None
     labels: str | UnsetType = UNSET  # hexadecimal, 128 bits; only where there are any
+    idle_seconds: int | UnsetType = UNSET  # since its last packet
+
+
+class Count(msgspec.Struct):
+    """How many connections there are (`count`)."""
+
+    count: int
 
 
 class Event(msgspec.Struct, kw_only=True):
@@ -358,12 +384,12 @@ def request(
         yield from _answer(_lines(connection))
 
 
-def listen(path: str, command: str, seconds: float | None) -> Iterator[bytes]:
+def listen(path: str, command: str, seconds: float | None, args: dict[str, Any] | None = None) -> Iterator[bytes]:
     """Ask for what happens from now on, for so long or, with None, as long as the daemon runs; yields rows as JSON.
 
     Raises DaemonNotRunningError or RequestError.
     """
-    with _asked(path, command, {}, TIMEOUT_S) as connection:
+    with _asked(path, command, args or {}, TIMEOUT_S) as connection:
         lines = _lines(connection)
         _check_head(lines)
         end_s = None if seconds is None else time.monotonic() + seconds

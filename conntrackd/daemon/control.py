@@ -32,6 +32,7 @@ OUTPUT_LOW: Final = 1 << 16  # rows are made while less than this is waiting to 
 PATIENCE_MS: Final = 10_000
 END: Final = msgspec.Struct()  # behind the last row
 QUIET: Final = msgspec.Struct()  # in place of a row: nothing until something happens, and `wake` is called
+MORE: Final = msgspec.Struct()  # in place of a row: none yet, after about as much work as a row takes
 ROWS_PER_TURN_OF_LISTENERS: Final = 8  # while packets come, events must not take their time
 
 log = structlog.get_logger()
@@ -61,7 +62,8 @@ class Asked(NamedTuple):
         return self.uid in (0, os.geteuid())
 
 
-# What answers a request: rows as they can be made, with None where there is nothing yet; None for an unknown command.
+# What answers a request: rows as they can be made, with None where the answer depends on something else that goes on
+# and MORE where it takes more work; None for an unknown command.
 # It raises api.RequestError to refuse.
 Answer = Callable[[Asked], Iterator[msgspec.Struct | None] | None]
 
@@ -201,6 +203,9 @@ class Control:
                 client.rows = None
                 client.output += self._encoder.encode(api.End(count=client.count)) + b"\n"
                 return
+            if row is MORE:
+                client.active_ms = self.now_ms
+                continue
             if row is QUIET:
                 client.quiet = client.listening = True
                 return

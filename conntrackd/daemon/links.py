@@ -59,6 +59,10 @@ class Links:
                 changed = True
         return changed
 
+    def interface(self, index: int) -> str | None:
+        """Name an interface; one that is gone keeps its number, and 0, the router itself, has no name."""
+        return self.names.get(index, f"if{index}") if index else None
+
     def _read_broadcasts(self) -> dict[bytes, bytes]:
         """Ask for all IPv4 addresses: the mask of the network of each that has a broadcast address."""
         broadcasts: dict[bytes, bytes] = {}

@@ -28,6 +28,7 @@ from conntrackd.daemon import packetlog
 from conntrackd.daemon.answerer import Answerer
 from conntrackd.daemon.answers import Answers
 from conntrackd.daemon.control import Asked, Control, ControlError
+from conntrackd.daemon.flowanswers import FlowAnswers
 from conntrackd.daemon.generations import Generations
 from conntrackd.daemon.links import Links
 from conntrackd.daemon.mark import Mark
@@ -108,6 +109,7 @@ class Daemon:
         self._confirm = Queue(confirm_number, fw, mark, accept_on_error)
         queues = (self._track, self._confirm)
         self._answers = Answers(version("conntrackd"), config, file, fw, self._links, queues, now_ms)
+        self._flow_answers = FlowAnswers(fw, self._links)
         self._policy_answers = PolicyAnswers(fw, self._links)
         self._watch = TableWatch(self._net)
         self._control: Control | None = None
@@ -143,7 +145,7 @@ class Daemon:
         self._selector.register(self._wakeup, selectors.EVENT_READ, lambda _events: self._wakeup.recv(64))
 
     def _answer(self, asked: Asked) -> Iterator[msgspec.Struct | None] | None:
-        for part in (self._answers, self._policy_answers, self._generations):
+        for part in (self._answers, self._flow_answers, self._policy_answers, self._generations):
             rows = part.rows(asked)
             if rows is not None:
                 return rows
@@ -165,10 +167,15 @@ class Daemon:
         self._track.now_ms = self._confirm.now_ms = now_ms
         return now_ms
 
+    def _set_time(self, now_ms: int) -> None:
+        """Tell what answers clients what time it is."""
+        assert self._control is not None
+        self._control.now_ms = self._answers.now_ms = self._flow_answers.now_ms = now_ms
+        self._policy_answers.now_ms = self._generations.now_ms = now_ms
+
     def _serve_others(self, now_ms: int) -> None:
         """Do what waits besides packets: clients, links, signals."""
-        assert self._control is not None
-        self._answers.now_ms = self._policy_answers.now_ms = self._generations.now_ms = self._control.now_ms = now_ms
+        self._set_time(now_ms)
         for key, events in self._selector.select(0):
             key.data(events)
 
@@ -206,7 +213,7 @@ class Daemon:
             if self._fw.answers:
                 self._answerer.send(self._fw.answers)
             if self._fw.logs:
-                packetlog.write(self._fw, self._answers.interface)
+                packetlog.write(self._fw, self._links.interface)
             if others_wait:
                 self._serve_others(now_ms)
             if self._generations.busy():
@@ -214,13 +221,13 @@ class Daemon:
                 self._generations.turn()
                 self._track.accept_on_error = self._confirm.accept_on_error = self._generations.accept_on_error
             if self._control.waits():
-                self._answers.now_ms = self._policy_answers.now_ms = self._control.now_ms = now_ms
+                self._set_time(now_ms)
                 self._control.resume()
             if now_ms >= gc_ms:
                 gc_ms = gc(self._net, now_ms)
             if self._net.events.seq != told_seq:
                 told_seq = self._net.events.seq
-                self._answers.now_ms = self._control.now_ms = now_ms
+                self._set_time(now_ms)
                 self._control.wake()
             if now_ms >= tick_ms:
                 self._control.now_ms = now_ms

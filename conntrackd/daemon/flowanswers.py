@@ -1,0 +1,162 @@
+"""What can be asked about connections: flows, flow, count, events, and kill, which ends them."""
+
+from collections.abc import Iterator
+from typing import Final, TypeVar
+
+import msgspec
+import structlog
+
+from conntrackd import api
+from conntrackd.const import CLOSED_KILLED, CLOSED_NAMES, IPCT_DESTROY, IPCT_NAMES
+from conntrackd.core.conn import Conn
+from conntrackd.core.ecache import Event
+from conntrackd.daemon import flowrows
+from conntrackd.daemon.control import MORE, QUIET, Asked
+from conntrackd.daemon.links import Links
+from conntrackd.filter import FilterError, cost, parse
+from conntrackd.hooks import Firewall
+from conntrackd.predicate import Predicate, predicate
+
+LOOKED_AT: Final = 16  # connections or events: asking a short filter of so many takes about as long as making a row
+
+Args = TypeVar("Args", bound=msgspec.Struct)
+
+log = structlog.get_logger()
+
+
+class Chosen:
+    """The connections that a filter chooses."""
+
+    def __init__(self, text: str, links: Links) -> None:
+        try:
+            expression = parse(text)
+        except FilterError as error:
+            raise api.RequestError(str(error)) from None
+        self.text = text
+        self.matches: Predicate = predicate(expression, links.interface)
+        self.at_once = max(1, LOOKED_AT // cost(expression))
+
+
+class FlowAnswers:
+    """Everything about connections. `now_ms` is set by the loop whenever it wakes."""
+
+    def __init__(self, fw: Firewall, links: Links) -> None:
+        self.now_ms = 0
+        self._fw = fw
+        self._links = links
+
+    def rows(self, asked: Asked) -> Iterator[msgspec.Struct] | None:
+        """Begin to answer a command; None if it is none of these."""
+        if asked.command == "flows":
+            return self._flows(self._chosen(asked))
+        if asked.command == "count":
+            return self._count(self._chosen(asked))
+        if asked.command == "events":
+            return self._events(self._chosen(asked))
+        if asked.command == "kill":
+            args = arguments(asked, api.KillArgs)
+            if not args.filter.strip():
+                raise api.RequestError("Which flows are to be killed? The filter `all` is all of them.")
+            if not args.dry_run and not asked.may_change():
+                raise api.RequestError(f"Killing flows needs root, and you are {asked.who()}.")
+            chosen = Chosen(args.filter, self._links)
+            return self._flows(chosen) if args.dry_run else self._kill(chosen, asked)
+        return None
+
+    def _chosen(self, asked: Asked) -> Chosen:
+        return Chosen(arguments(asked, api.FilterArgs).filter, self._links)
+
+    def _find(self, chosen: Chosen) -> Iterator[Conn | None]:
+        """Go through the table: each connection that is there all the time once; None after so much work."""
+        matches, left = chosen.matches, chosen.at_once
+        for ct in self._fw.net.table.connections():
+            if ct.expires_ms > self.now_ms and matches(ct, ct, self.now_ms):
+                yield ct
+            left -= 1
+            if not left:
+                left = chosen.at_once
+                yield None
+
+    def _flows(self, chosen: Chosen) -> Iterator[msgspec.Struct]:
+        """List connections, each as it is when its turn comes."""
+        for ct in self._find(chosen):
+            yield MORE if ct is None else self._flow(ct)
+
+    def _count(self, chosen: Chosen) -> Iterator[msgspec.Struct]:
+        count = 0
+        for ct in self._find(chosen):
+            if ct is None:
+                yield MORE
+            else:
+                count += 1
+        yield api.Count(count)
+
+    def _kill(self, chosen: Chosen, asked: Asked) -> Iterator[msgspec.Struct]:
+        """End connections, and only then tell which: how fast the client reads makes no difference."""
+        killed: list[Conn] = []
+        try:
+            for ct in self._find(chosen):
+                if ct is None:
+                    yield MORE
+                else:
+                    self._fw.net.table.kill(ct, self.now_ms, CLOSED_KILLED)
+                    killed.append(ct)
+        finally:
+            log.info("flows_killed", filter=chosen.text, count=len(killed), who=asked.who(), pid=asked.pid)
+        yield from map(self._flow, killed)
+
+    def _flow(self, ct: Conn) -> api.Flow:
+        return flowrows.flow(self._fw.net, ct, self.now_ms, self._links.interface)
+
+    # --- Events ---------------------------------------------------------------------------------------------------
+
+    def _events(self, chosen: Chosen) -> Iterator[msgspec.Struct]:
+        """Tell what happens from now on."""
+        ring = self._fw.net.events
+        listener = ring.listen()
+        told = 0
+        left = chosen.at_once
+        try:
+            while True:
+                event = ring.read(listener)
+                if listener.lost > told:
+                    yield api.Lost(count=listener.lost - told)
+                    told = listener.lost
+                if event is None:
+                    yield QUIET
+                elif chosen.matches(event.ct, event, event.now_ms):
+                    yield self._event(event)
+                else:
+                    left -= 1
+                    if not left:
+                        left = chosen.at_once
+                        yield MORE
+        finally:
+            ring.leave()
+
+    def _event(self, event: Event) -> api.Event:
+        ct = event.ct
+        flow = msgspec.structs.replace(
+            self._flow(ct),
+            state=flowrows.state_name(ct, event.state),
+            status=flowrows.status_names(event.status),
+            timeout_seconds=max(0, (event.expires_ms - event.now_ms) // 1000),
+            age_seconds=(event.now_ms - ct.created_ms) // 1000,
+            mark=event.mark,
+            idle_seconds=max(0, event.now_ms - ct.seen_ms) // 1000,
+        )
+        return api.Event(
+            type=event.kind(),
+            time=flowrows.moment(event.now_ms, self.now_ms),
+            changes=[name for bit, name in IPCT_NAMES.items() if event.bits & bit],
+            reason=CLOSED_NAMES[event.reason] if event.bits & IPCT_DESTROY else None,
+            flow=flow,
+        )
+
+
+def arguments(asked: Asked, args: type[Args]) -> Args:
+    """Read the arguments of a request. Raises api.RequestError."""
+    try:
+        return msgspec.convert(asked.args, args)
+    except msgspec.ValidationError as error:
+        raise api.RequestError(f"The arguments of {asked.command!r} are not understood: {error}.") from None

@@ -1,0 +1,251 @@
+"""What the control socket says about connections, in the words of the contract, and how it ends them."""
+
+import json
+from typing import Any
+
+import msgspec
+import pytest
+from structlog.testing import capture_logs
+
+from conntrackd import api
+from conntrackd.api import RequestError
+from conntrackd.const import CLOSED_KILLED, IPPROTO_GRE, IPPROTO_ICMP
+from conntrackd.core.conntrack import set_labels
+from conntrackd.daemon.control import MORE, QUIET
+from tests.differential.packets import ACK, SYN
+from tests.unit import craft
+from tests.unit.answering import BEGIN, LAN, WAN, Lab
+
+
+@pytest.fixture
+def lab() -> Lab:
+    return Lab()
+
+
+def test_flow_is_the_contract_to_the_letter(lab: Lab) -> None:
+    lab.send(craft.tcp(SYN, 1))
+    lab.send(craft.tcp(SYN | ACK, 1, 2, back=True), WAN, LAN)
+    lab.wait(2.5)
+    assert lab.ask("flows") == [
+        {
+            "id": 1,
+            "family": "ipv4",
+            "protocol": "tcp",
+            "protonum": 6,
+            "zone": 0,
+            "state": "SYN_RECV",
+            "status": ["SEEN_REPLY", "CONFIRMED"],
+            "timeout_seconds": 57,
+            "age_seconds": 2,
+            "idle_seconds": 2,
+            "orig": {
+                "src": "10.0.0.5", "dst": "192.0.2.80", "sport": 40000, "dport": 80, "packets": 1, "bytes": 40,
+            },
+            "reply": {
+                "src": "192.0.2.80", "dst": "10.0.0.5", "sport": 80, "dport": 40000, "packets": 1, "bytes": 40,
+            },
+            "mark": 0,
+            "helper": None,
+            "master": None,
+            "rule": "out",
+            "in": "lan0",
+            "out": "wan0",
+        }
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("family", "protonum", "payload", "named", "orig", "reply"),
+    [
+        (4, IPPROTO_ICMP, "0800f7fa00010004", "icmp",
+         {"type": 8, "code": 0, "id": 1}, {"type": 0, "code": 0, "id": 1}),
+        (4, IPPROTO_GRE, "2001880b0000000900000001", "gre", {"srckey": 0, "dstkey": 9}, {"srckey": 9, "dstkey": 0}),
+        (4, 50, "0102030405060708", "proto-50", {}, {}),
+        (6, 50, "0102030405060708", "proto-50", {}, {}),
+    ],
+)  # fmt: skip
+def test_what_stands_for_ports(
+    lab: Lab, family: int, protonum: int, payload: str, named: str, orig: dict[str, int], reply: dict[str, int]
+) -> None:
+    lab.send(craft.ip(protonum, bytes.fromhex(payload), family=family))
+    (flow,) = lab.ask("flows")
+    assert (flow["protocol"], flow["family"], flow["state"]) == (named, f"ipv{family}", None)
+    common = {"src", "dst", "packets", "bytes"}
+    assert {name: value for name, value in flow["orig"].items() if name not in common} == orig
+    assert {name: value for name, value in flow["reply"].items() if name not in common} == reply
+
+
+def test_flows_change_under_a_reader(lab: Lab) -> None:
+    """What expires or comes in between is left out, and everything else is there once."""
+    for port in range(1000, 1010):
+        lab.send(craft.udp(sport=port))
+    rows = (row for row in lab.begin("flows") if isinstance(row, api.Flow))
+    seen = [next(rows).orig.sport for _ in range(5)]
+    gone = next(port for port in range(1000, 1010) if port not in seen)
+    for ct in lab.fw.net.table.connections():
+        if int.from_bytes(ct.orig[9:11], "big") == gone:
+            lab.fw.net.table.kill(ct, BEGIN)
+    lab.send(craft.udp(sport=2000))  # may be there or not
+    seen += [row.orig.sport for row in rows]
+    assert {*seen} - {2000} == {port for port in range(1000, 1010) if port != gone}
+    assert len(seen) == len({*seen})
+    lab.wait(30)
+    assert lab.ask("flows") == []
+
+
+def test_labels_are_shown_where_there_are_any(lab: Lab) -> None:
+    lab.send(craft.udp())
+    (ct,) = lab.fw.net.table.connections()
+    assert "labels" not in lab.ask("flows")[0]
+    set_labels(lab.fw.net, ct, 1 << 127 | 5, BEGIN)
+    assert lab.ask("flows")[0]["labels"] == "80000000000000000000000000000005"
+
+
+def test_events_say_what_a_connection_was_like_then(lab: Lab) -> None:
+    rows = lab.begin("events")
+    assert next(rows) is QUIET
+    lab.send(craft.tcp(SYN, 1))
+    lab.wait(2.5)
+    lab.send(craft.tcp(SYN | ACK, 1, 2, back=True), WAN, LAN)
+    lab.wait(1)
+    new, update = [json.loads(msgspec.json.encode(next(rows))) for _ in range(2)]
+    assert next(rows) is QUIET
+    assert (new["type"], new["changes"], new["reason"]) == ("NEW", ["NEW"], None)
+    assert (new["flow"]["state"], new["flow"]["timeout_seconds"], new["flow"]["age_seconds"]) == ("SYN_SENT", 120, 0)
+    assert (update["type"], update["changes"]) == ("UPDATE", ["REPLY", "PROTOINFO"])
+    assert (update["flow"]["state"], update["flow"]["age_seconds"]) == ("SYN_RECV", 2)
+    (ct,) = lab.fw.net.table.connections()
+    lab.fw.net.table.kill(ct, lab.now_ms)
+    destroy = json.loads(msgspec.json.encode(next(rows)))
+    assert (destroy["type"], destroy["reason"]) == ("DESTROY", "killed")
+    assert destroy["flow"]["reply"]["packets"] == 1
+    del rows
+    assert lab.fw.net.events.listeners == 0
+
+
+# --- Filters ------------------------------------------------------------------------------------------------------
+
+
+def open_some(lab: Lab) -> None:
+    """Four datagrams, and a TCP connection with an answer."""
+    for port in range(1000, 1004):
+        lab.send(craft.udp(sport=port))
+    lab.send(craft.tcp(SYN, 1))
+    lab.send(craft.tcp(SYN | ACK, 1, 2, back=True), WAN, LAN)
+
+
+def test_a_filter_chooses_flows(lab: Lab) -> None:
+    open_some(lab)
+    assert {flow["orig"]["sport"] for flow in lab.ask("flows", filter="src port 1001-1002")} == {1001, 1002}
+    assert [flow["protocol"] for flow in lab.ask("flows", filter="not unreplied")] == ["tcp"]
+    assert lab.ask("count", filter="udp") == [{"count": 4}]
+    assert lab.ask("count") == lab.ask("count", filter="all") == [{"count": 5}]
+
+
+def test_what_has_expired_is_not_there(lab: Lab) -> None:
+    open_some(lab)
+    lab.wait(31)  # longer than an unreplied datagram has
+    assert lab.ask("count") == [{"count": 1}]
+    assert lab.ask("kill", filter="udp") == []
+
+
+def test_looking_in_vain_is_done_in_slices(lab: Lab) -> None:
+    for port in range(1000, 1200):
+        lab.send(craft.udp(sport=port))
+    rows = list(lab.begin("flows", filter="tcp"))
+    assert rows == [MORE] * len(rows)
+    assert 10 <= len(rows) <= 20
+    # A filter that takes longer takes more of them.
+    assert list(lab.begin("flows", filter=" or ".join(["tcp"] * 100))) == [MORE] * 200
+
+
+def test_kill_ends_what_the_filter_chooses_and_tells_which(lab: Lab) -> None:
+    open_some(lab)
+    with capture_logs() as logs:
+        rows = lab.ask("kill", filter="udp and src port 1001-65535 or zone 7")
+    assert {row["orig"]["sport"] for row in rows} == {1001, 1002, 1003}
+    assert lab.ask("count", filter="udp") == [{"count": 1}]
+    assert lab.fw.net.stats.closed[CLOSED_KILLED] == 3
+    (line,) = logs
+    assert (line["event"], line["count"], line["who"], line["pid"]) == ("flows_killed", 3, "root", 4711)
+    assert line["filter"].startswith("udp and")
+    assert lab.ask("kill", filter="udp and src port 1001") == []
+
+
+def test_a_dry_run_tells_the_same_and_ends_nothing(lab: Lab) -> None:
+    open_some(lab)
+    with capture_logs() as logs:
+        rows = lab.ask("kill", uid=4242, filter="udp", dry_run=True)
+    assert len(rows) == 4
+    assert logs == []
+    assert lab.ask("count") == [{"count": 5}]
+
+
+def test_only_root_kills(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    open_some(lab)
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    with pytest.raises(RequestError, match="Killing flows needs root, and you are uid 4242"):
+        lab.ask("kill", uid=4242, filter="udp")
+    assert lab.ask("count") == [{"count": 5}]
+
+
+def test_kill_goes_on_whoever_listens(lab: Lab) -> None:
+    """All are ended before the first is told; a client that leaves before ends it there, and the log says how far."""
+    for port in range(1000, 1100):
+        lab.send(craft.udp(sport=port))
+    rows = lab.begin("kill", filter="src port 1000-1049")
+    first = next(row for row in rows if isinstance(row, api.Flow))
+    assert first.orig.sport in range(1000, 1050)
+    assert lab.ask("count") == [{"count": 50}]
+    with capture_logs() as logs:
+        rows = lab.begin("kill", filter="all")
+        next(rows)
+        del rows
+    (left,) = lab.ask("count")
+    assert [line["count"] for line in logs] == [50 - left["count"]]
+
+
+@pytest.mark.parametrize("command", ["flows", "count", "events", "kill"])
+@pytest.mark.parametrize(
+    ("args", "says"),
+    [
+        ({"filter": "tcp and"}, r"not understood: it ends where a condition is expected\.\n  tcp and\n +\^$"),
+        ({"filter": "tcp", "dryrun": True}, "unknown field `dryrun`"),
+        ({"filtre": "tcp"}, "not understood: Object "),
+        ({"filter": 7}, r"Expected `str`, got `int` - at `\$.filter`"),
+        ({"filter": None}, "Expected `str`, got `null`"),
+    ],
+)
+def test_arguments_that_are_wrong(lab: Lab, command: str, args: dict[str, Any], says: str) -> None:
+    open_some(lab)
+    with pytest.raises(RequestError, match=says):
+        lab.ask(command, **args)
+    assert lab.ask("count") == [{"count": 5}]
+    assert lab.fw.net.events.listeners == 0
+
+
+@pytest.mark.parametrize("text", ["", "  "])
+def test_kill_without_a_filter_kills_nothing(lab: Lab, text: str) -> None:
+    open_some(lab)
+    with pytest.raises(RequestError, match="The filter `all` is all of them"):
+        lab.ask("kill", filter=text)
+    assert lab.ask("count") == [{"count": 5}]
+    assert len(lab.ask("kill", filter="all")) == 5
+
+
+def test_events_of_a_filter(lab: Lab) -> None:
+    """They are judged by what the connection was then."""
+    rows = lab.begin("events", filter="tcp and state SYN_SENT or udp and src port 1007")
+    assert next(rows) is QUIET
+    for port in range(1000, 1100):
+        lab.send(craft.udp(sport=port))
+    lab.send(craft.tcp(SYN, 1))
+    lab.send(craft.tcp(SYN | ACK, 1, 2, back=True), WAN, LAN)
+    heard = []
+    while (row := next(rows)) is not QUIET:
+        heard.append(row)
+    events = [row for row in heard if isinstance(row, api.Event)]
+    assert [(event.type, event.flow.protocol, event.flow.state) for event in events] == [
+        ("NEW", "udp", None), ("NEW", "tcp", "SYN_SENT"),
+    ]  # fmt: skip
+    assert heard.count(MORE) >= 5
