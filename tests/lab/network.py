@@ -104,17 +104,22 @@ class Process:
             self.popen.send_signal(number)
 
     def stop(self, timeout_s: float = 5.0) -> int:
-        """SIGTERM, and SIGKILL when that does not help within `timeout_s`; its exit code."""
-        self.signal(signal.SIGTERM)
+        """SIGTERM to it and what it has started, SIGKILL when that does not help within `timeout_s`; its exit code."""
+        self._signal_all(signal.SIGTERM)
         try:
             return self.popen.wait(timeout_s)
         except subprocess.TimeoutExpired:
             return self.kill()
 
     def kill(self) -> int:
-        """SIGKILL; its exit code."""
-        self.signal(signal.SIGKILL)
+        """SIGKILL to it and what it has started; its exit code."""
+        self._signal_all(signal.SIGKILL)
         return self.popen.wait()
+
+    def _signal_all(self, number: int) -> None:
+        # Until its end has been asked for, its id and that of its session are nobody else's.
+        if self.running:
+            os.killpg(self.pid, number)
 
     def close(self) -> None:
         """Stop it and forget its output."""

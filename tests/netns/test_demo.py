@@ -110,6 +110,7 @@ def test_demo_stays_until_enter() -> None:
         read_until(process, "The network stays up")
         assert set(names) <= namespaces()
         wait_until(lambda: children_in(names), "the daemon runs")
+        pids = children_in(names)
         # Not communicate(): it would not see what the reader above has already taken from the pipe.
         assert process.stdin is not None
         assert process.stdout is not None
@@ -121,3 +122,4 @@ def test_demo_stays_until_enter() -> None:
         assert f"$ ip netns exec {names[0]} ping" in output
         assert "held" in output
     assert not set(names) & namespaces()
+    wait_until(lambda: not [pid for pid in pids if Path(f"/proc/{pid}").exists()], "every process has ended")
