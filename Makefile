@@ -7,7 +7,7 @@ BENCH  := $(VENV)/.installed-bench
 SERVERS := build/servers/.done
 
 .DEFAULT_GOAL := help
-.PHONY: help setup servers compile demo bench bench-table profile test test-unit test-compiled test-differential fuzz check lock clean
+.PHONY: help setup servers compile demo bench bench-policy bench-table profile test test-unit test-compiled test-differential fuzz check lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
