@@ -259,6 +259,8 @@ class Rules(Section):
     """[rules]: how the kernel's rules are installed."""
 
     iptables: Literal["iptables", "iptables-legacy", "iptables-nft"] = "iptables-legacy"
+    at_start: Literal["install", "leave"] = "install"
+    at_stop: Literal["keep", "remove"] = "keep"
 
 
 class Zone(Section):

@@ -23,6 +23,7 @@ from conntrackd.core.conn import Conn
 from conntrackd.core.sysctl import SETTINGS, Sysctl
 from conntrackd.daemon.control import Asked
 from conntrackd.daemon.links import Links
+from conntrackd.daemon.notify import Notify
 from conntrackd.hooks import Firewall, still_allowed
 from conntrackd.policy.compile import compile as compile_ruleset
 from conntrackd.policy.compile import inherit
@@ -70,12 +71,13 @@ class Loading:
 class Generations:
     """The policy in force, those before it, and the way from one to the next. `now_ms` is set by the loop."""
 
-    def __init__(self, config: Config, file: str, fw: Firewall, links: Links) -> None:
+    def __init__(self, config: Config, file: str, fw: Firewall, links: Links, notify: Notify) -> None:
         self.now_ms = 0
         self.file = file
         self.accept_on_error = config.exception.internal_error == "accept"
         self._fw = fw
         self._links = links
+        self._notify = notify
         self._number = 1
         self._loading: Loading | None = None
         self._deadline_ms = 0  # of the generation that is to be confirmed; 0: there is none
@@ -151,6 +153,7 @@ class Generations:
 
     def _load(self, loading: Loading) -> Loading:
         self._loading = loading
+        self._notify.reloading()
         sys.setswitchinterval(SWITCH_S)
         threading.Thread(target=self._work, args=(loading,), name="load", daemon=True).start()
         return loading
@@ -201,8 +204,9 @@ class Generations:
             loading.outcome = self._failed(message)
             loading.outcome.errors = [api.Mistake(**vars(error)) for error in errors]
             log.warning("policy_refused", how=loading.how, who=loading.asked.who(), errors=len(errors))
-            return
-        loading.outcome = self._install(loading, loading.config, loading.ruleset)
+        else:
+            loading.outcome = self._install(loading, loading.config, loading.ruleset)
+        self._notify.reloaded(loading.outcome.message)
 
     def tick(self) -> None:
         """Go back if time to confirm is up; to be called about once a second."""
@@ -251,6 +255,12 @@ class Generations:
                 f"{before.number} comes back."
             )
         return api.Change(ok=True, generation=self._number, message=message, remarks=remarks)
+
+    def config(self) -> Config:
+        """Give the configuration in force."""
+        config = self.history[-1].config
+        assert config is not None
+        return config
 
     def set_links(self) -> None:
         """Tell the policy and the tracker which interfaces there are; to be called whenever they change."""

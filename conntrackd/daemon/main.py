@@ -4,6 +4,7 @@ The postrouting queue goes first, for its packets have cost us work already, and
 after a few: so under a flood what was let in gets out, and timers and clients get their turn.
 """
 
+import faulthandler
 import gc as garbage
 import select
 import selectors
@@ -24,7 +25,7 @@ from conntrackd.config import Config, ConfigErrors
 from conntrackd.core.conntrack import gc
 from conntrackd.core.net import Conntrack
 from conntrackd.daemon import log as log_setup
-from conntrackd.daemon import packetlog
+from conntrackd.daemon import packetlog, rules
 from conntrackd.daemon.answerer import Answerer
 from conntrackd.daemon.answers import Answers
 from conntrackd.daemon.control import Asked, Control, ControlError
@@ -33,8 +34,10 @@ from conntrackd.daemon.generations import Generations
 from conntrackd.daemon.links import Links
 from conntrackd.daemon.mark import Mark
 from conntrackd.daemon.nfnetlink import NFQA_CFG_F_FAIL_OPEN, NFQA_CFG_F_GSO
+from conntrackd.daemon.notify import Notify
 from conntrackd.daemon.policyanswers import PolicyAnswers
 from conntrackd.daemon.queue import Queue, QueueError
+from conntrackd.daemon.rulesjob import RulesJob
 from conntrackd.daemon.simulate import SimulateError, Track, tracking
 from conntrackd.daemon.watch import TableWatch
 from conntrackd.hooks import Firewall
@@ -49,6 +52,7 @@ TRACK_BUDGET: Final = 64
 CONFIRM_BUDGET: Final = 512
 
 TICK_MS: Final = 1000  # how often the control socket looks for clients that hang
+STATUS_MS: Final = 5000  # how often the service manager is told how we are
 # Waking up costs more than a packet does. While many come, the loop waits a moment after it has emptied the queues, so
 # that it wakes up for several at once: as a network card does with its interrupts.
 RATE_MS: Final = 10
@@ -63,6 +67,7 @@ log = structlog.get_logger()
 def run(file: str, socket_path: str, simulate: str | None) -> int:
     """Run the daemon in the foreground until SIGTERM or SIGINT; returns the exit code."""
     log_setup.configure()
+    faulthandler.enable()  # a watchdog's SIGABRT says where the loop is stuck
     try:
         track = tracking(simulate)
         config = config_file.load(file)
@@ -76,10 +81,9 @@ def run(file: str, socket_path: str, simulate: str | None) -> int:
         print(error, file=sys.stderr)  # noqa: T201
         return EXIT_FAILED
     else:
-        daemon.loop()
+        return daemon.loop()
     finally:
         daemon.close()
-    return EXIT_OK
 
 
 def monotonic_ms() -> int:
@@ -92,7 +96,10 @@ class Daemon:
 
     def __init__(self, config: Config, file: str, track: Track) -> None:
         self._stop = 0  # the signal that ends the loop
+        self._failed = False
         self._config = config
+        self._notify = Notify()
+        self._starting: RulesJob | None = None
         self._selector = selectors.EpollSelector()
         now_ms = monotonic_ms()
         self._links = Links()
@@ -101,7 +108,7 @@ class Daemon:
         self._net.broadcasts = self._links.broadcasts
         self._fw = fw = Firewall(self._net, ruleset)
         mark = Mark(config.queue.mark_mask)
-        self._generations = Generations(config, file, fw, self._links)
+        self._generations = Generations(config, file, fw, self._links, self._notify)
         self._answerer = Answerer(mark)
         accept_on_error = self._generations.accept_on_error
         track_number, confirm_number = config.queue.numbers
@@ -132,7 +139,7 @@ class Daemon:
             queue.bind(settings.max_length, settings.socket_buffer, flags)
             self._packets.register(queue.fileno(), select.EPOLLIN)
         self._answerer.open()  # after the queues: who may not bind them is told only that
-        log.info("ready", queues=list(self._config.queue.numbers), control=socket_path)
+        self._starting = RulesJob(self._config, self._wakeup_write)
 
     def _catch_signals(self) -> None:
         """Make signals wake the loop and set a flag: a handler that raised would lose the packet in hand."""
@@ -142,7 +149,23 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_stop)
         signal.signal(signal.SIGHUP, lambda _number, _frame: None)  # losing the terminal is no reason to stop
-        self._selector.register(self._wakeup, selectors.EVENT_READ, lambda _events: self._wakeup.recv(64))
+        self._selector.register(self._wakeup, selectors.EVENT_READ, self._on_wakeup)
+
+    def _on_wakeup(self, _events: int) -> None:
+        self._wakeup.recv(64)
+        if self._starting is not None and self._starting.done:
+            self._started(self._starting)
+
+    def _started(self, job: RulesJob) -> None:
+        """Say that we are ready, for packets come now; or end, because they do not."""
+        self._starting = None
+        if job.error:
+            log.warning("rules_not_installed", error=job.error)
+            self._failed = True
+            self._stop = signal.SIGTERM
+            return
+        log.info("ready", queues=list(self._config.queue.numbers))
+        self._notify.ready(f"Generation 1 is in force, {len(self._config.rule)} rules")
 
     def _answer(self, asked: Asked) -> Iterator[msgspec.Struct | None] | None:
         for part in (self._answers, self._flow_answers, self._policy_answers, self._generations):
@@ -179,12 +202,15 @@ class Daemon:
         for key, events in self._selector.select(0):
             key.data(events)
 
-    def loop(self) -> None:
-        """Serve until a signal says stop; then give verdicts to what waits."""
+    def loop(self) -> int:
+        """Serve until a signal says stop; then give verdicts to what waits. Returns the exit code."""
         assert self._control is not None
         now_ms = self._read_clock()
         gc_ms = tick_ms = rate_ms = now_ms
-        counted = told_seq = 0
+        status_ms = now_ms + STATUS_MS
+        # The watchdog is fed here and nowhere else: a loop that is stuck is what it is for.
+        period_ms = min(TICK_MS, self._notify.watchdog_ms or TICK_MS)
+        counted = told_seq = told_packets = 0
         many = False
         track_fd, confirm_fd = self._track.fileno(), self._confirm.fileno()
         # Python's collector looks for cycles in every object there is, and would hold the packets up for as long as the
@@ -235,7 +261,13 @@ class Daemon:
                 self._watch.tick()
                 self._generations.now_ms = now_ms
                 self._generations.tick()
-                tick_ms = now_ms + TICK_MS
+                self._notify.alive()
+                if now_ms >= status_ms:
+                    packets = self._track.packets + self._confirm.packets
+                    rate = (packets - told_packets) * 1000 // (STATUS_MS + now_ms - status_ms)
+                    self._notify.status(f"{self._net.table.count} flows, {rate} packets/s")
+                    told_packets, status_ms = packets, now_ms + STATUS_MS
+                tick_ms = now_ms + period_ms
             if now_ms >= rate_ms:
                 packets = self._track.packets + self._confirm.packets
                 many = packets - counted > COALESCE_RATE * (RATE_MS + now_ms - rate_ms)
@@ -243,7 +275,22 @@ class Daemon:
             if many and emptied:
                 time.sleep(COALESCE_S)
         log.info("stopping", signal=signal.Signals(self._stop).name)
+        self._notify.stopping()
+        self._leave_rules()
         self._drain()
+        return EXIT_FAILED if self._failed else EXIT_OK
+
+    def _leave_rules(self) -> None:
+        """Keep the kernel's rules or take them out, as the configuration in force says."""
+        if self._starting is not None:
+            self._starting.wait()
+        if self._generations.config().rules.at_stop == "keep":
+            return
+        try:
+            rules.remove()
+        except rules.RulesError as error:
+            log.warning("rules_not_removed", error=str(error))
+            self._failed = True
 
     def _drain(self) -> None:
         """Give verdicts until nothing waits, or for DRAIN_MS when there is no end of it."""
@@ -262,6 +309,7 @@ class Daemon:
         signal.set_wakeup_fd(-1)
         self._wakeup.close()
         self._wakeup_write.close()
+        self._notify.close()
         self._answerer.close()
         self._links.close()
         self._packets.close()

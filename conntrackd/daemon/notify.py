@@ -24,18 +24,26 @@ class Notify:
         self._address = "\0" + address[1:] if address.startswith("@") else address
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
+        self._is_ready = False
         ours = environ.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         timeout_us = environ.pop("WATCHDOG_USEC", "")
         # How often `alive` is to be called: twice in the time after which we are taken for stuck. 0: not at all.
         self.watchdog_ms = max(1, int(timeout_us) // 2000) if ours and timeout_us.isdecimal() else 0
 
     def ready(self, status: str) -> None:
-        """Say that we serve: after a start, and after a reload whether it did anything or not."""
+        """Say that we serve."""
+        self._is_ready = True
         self._send("READY=1", f"STATUS={status}")
 
     def reloading(self) -> None:
-        """Say that a new configuration is being loaded; `ready` ends it."""
-        self._send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+        """Say that a new configuration is being loaded; `reloaded` ends it."""
+        if self._is_ready:
+            self._send("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+
+    def reloaded(self, status: str) -> None:
+        """Say that the configuration is loaded, or that the one before it stays. It does not make us ready."""
+        if self._is_ready:
+            self.ready(status)
 
     def status(self, status: str) -> None:
         """Say how we are, in one line for `systemctl status`."""

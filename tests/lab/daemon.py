@@ -151,21 +151,14 @@ class Daemon:
         return self.process
 
     def start(self, *options: str, env: Mapping[str, str] | None = None) -> None:
-        """Start `conntrackd run` and wait until it answers `status`."""
+        """Start `conntrackd run` and wait until it is ready: queues bound, rules installed."""
         self.launch(*options, env=env)
         self.wait_until_ready()
 
     def wait_until_ready(self) -> None:
-        """Wait until the daemon that was launched answers; LabError with its output when it ends before."""
-        process = self.process
-        assert process is not None
-
-        def answers() -> bool:
-            if not process.running:
-                raise LabError(f"conntrackd run ended ({process.popen.returncode}): {process.output()}")
-            return self.socket_path.exists() and self.cli("status", check=False).returncode == 0
-
-        wait_until(answers, "the daemon answers `status`", 20.0)
+        """Wait until the daemon that was launched says that it is ready; LabError when it ends before."""
+        assert self.process is not None
+        self.process.wait_for_output('"event": "ready"', 20.0)
 
     def stop(self) -> int:
         """End it as an operator would (SIGTERM); its exit code."""
@@ -187,14 +180,12 @@ class Daemon:
 def daemon(
     router: Host, config: str, *options: str, env: Mapping[str, str] | None = None, start: bool = True
 ) -> Iterator[Daemon]:
-    """Install the rules of the config and run the daemon; with `start` False neither yet."""
+    """Run the daemon, which installs its rules; with `start` False it is only configured."""
     directory = Path(tempfile.mkdtemp(prefix="conntrackd-"))
     this = Daemon(router, config, directory)
     try:
         if start:
-            this.launch(*options, env=env)
-            this.install_rules()
-            this.wait_until_ready()
+            this.start(*options, env=env)
         yield this
     finally:
         if this.process is not None:

@@ -42,6 +42,8 @@ def notify(manager: Manager) -> Iterator[Notify]:
 
 
 def test_each_word_is_what_systemd_expects(manager: Manager, notify: Notify) -> None:
+    notify.reloading()  # while we start is no word for it
+    notify.reloaded("loaded")
     notify.ready("here we are")
     assert manager.heard() == ["READY=1", "STATUS=here we are"]
     notify.status("7 flows")
@@ -52,6 +54,8 @@ def test_each_word_is_what_systemd_expects(manager: Manager, notify: Notify) -> 
     word, clock = manager.heard()
     assert word == "RELOADING=1"
     assert clock.removeprefix("MONOTONIC_USEC=").isdecimal()
+    notify.reloaded("as before")
+    assert manager.heard() == ["READY=1", "STATUS=as before"]
     notify.stopping()
     assert manager.heard()[0] == "STOPPING=1"
     notify.forget("queue")
