@@ -114,6 +114,16 @@ class Count(msgspec.Struct):
     count: int
 
 
+class Group(msgspec.Struct):
+    """Connections that have something in common (`flows --by`)."""
+
+    by: str  # src, dst, rule, state, service
+    key: str
+    count: int
+    packets: int  # both ways together, as the bytes
+    bytes: int
+
+
 class Event(msgspec.Struct, kw_only=True):
     """What happened to a connection, and what it was like then."""
 
@@ -150,6 +160,44 @@ class Expectation(msgspec.Struct, rename={"class_": "class"}, kw_only=True):
     class_: str | None  # null where the helper knows one class only
     flags: list[str]  # PERMANENT, INACTIVE
     master: int  # id of the connection that announced it
+
+
+class TcpSide(msgspec.Struct):
+    """What one side of a TCP connection has sent and may send; sequence numbers modulo 2^32."""
+
+    end: int  # highest sequence number sent, plus one
+    max_end: int  # highest that the other side allows, plus one
+    max_window: int  # largest window offered, in bytes; 0: nothing seen of this side
+    scale: int
+    flags: list[str]  # WINDOW_SCALE, SACK_PERM, CLOSE_INIT, BE_LIBERAL
+
+
+class TcpDetails(msgspec.Struct):
+    """What is known of a TCP connection besides its state."""
+
+    orig: TcpSide
+    reply: TcpSide
+
+
+class SctpDetails(msgspec.Struct):
+    """The verification tags of an SCTP association."""
+
+    vtag_orig: int
+    vtag_reply: int
+
+
+class FlowDetails(Flow, rename={"in_": "in"}, kw_only=True):
+    """Everything about one connection (`flow`)."""
+
+    begun: str  # RFC 3339, UTC
+    last_packet: str
+    generation: int  # of the policy that admitted it
+    ending: str | None  # fin, rst: how it began to end
+    own_timeouts: bool  # those of its rule, not the tracker's
+    children: list[int]  # ids of the connections that it has announced
+    expected: list[Expectation]  # that it has announced and that have not come
+    tcp: TcpDetails | UnsetType = UNSET
+    sctp: SctpDetails | UnsetType = UNSET
 
 
 class Drop(msgspec.Struct, rename={"in_": "in"}, kw_only=True):

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import msgspec
 
 from conntrackd import api
+from conntrackd.cli.filterwords import add_filter, filter_of
 from conntrackd.cli.output import EXIT_OK, endpoint, remark
 
 LOST = b'{"type":"LOST"'
@@ -17,6 +18,7 @@ UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the sub-command."""
     parser = subparsers.add_parser("events", help="follow what happens to connections")
+    add_filter(parser)
     parser.add_argument(
         "-o", "--output", choices=["table", "json", "jsonl"], default="table", help="json, jsonl: an object per line"
     )
@@ -26,7 +28,8 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 def run(args: argparse.Namespace) -> int:
     """Follow them until the time is over or the daemon ends; returns the exit code."""
-    rows = api.listen(api.socket_path(getattr(args, "socket", None)), "events", args.seconds)
+    text = filter_of(args)
+    rows = api.listen(api.socket_path(getattr(args, "socket", None)), "events", args.seconds, {"filter": text})
     if args.output == "table":
         for line in _lines(rows):
             print(line, flush=True)

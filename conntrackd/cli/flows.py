@@ -1,61 +1,118 @@
 """`conntrackd flows`: the connections, for people or for scripts."""
 
 import argparse
-from collections.abc import Iterator
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 
 import msgspec
 
 from conntrackd import api
-from conntrackd.cli.output import EXIT_OK, duration, endpoint, json_array, json_lines, table
+from conntrackd.cli import flowtable
+from conntrackd.cli.filterwords import add_filter, filter_of
+from conntrackd.cli.output import EXIT_OK, duration, endpoint, json_array, json_lines, table_lines
 
-HEADER = ("PROTO", "STATE", "SOURCE", "DESTINATION", "FLAGS", "TIMEOUT", "PACKETS", "BYTES", "RULE")
 HEADER_EXPECTED = ("PROTO", "SOURCE", "DESTINATION", "HELPER", "CLASS", "FLAGS", "TIMEOUT", "MASTER")
+CLEAR_LINE, CLEAR_BELOW, TOP_LEFT = "\x1b[K", "\x1b[J", "\x1b[H"
+
+# What `-o` may say besides `table`: each takes the rows as the daemon sends them, in JSON.
+WRITERS: dict[str, Callable[[Iterator[bytes]], None]] = {
+    "json": json_array,
+    "jsonl": json_lines,
+}
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the sub-command."""
     parser = subparsers.add_parser("flows", help="list the connections")
-    parser.add_argument("-o", "--output", choices=["table", "json", "jsonl"], default="table")
+    add_filter(parser)
+    parser.add_argument("-o", "--output", choices=["table", *WRITERS], default="table")
+    parser.add_argument(
+        "--sort",
+        choices=list(dict.fromkeys((*flowtable.SORTS, *flowtable.GROUP_SORTS))),
+        metavar="KEY",
+        help="amounts with the largest first: %(choices)s",
+    )
+    parser.add_argument("-r", "--reverse", action="store_true", help="in the other order")
+    parser.add_argument("-n", type=_count, dest="limit", metavar="N", help="not more than N rows")
+    parser.add_argument("--by", choices=list(flowtable.GROUPS), help="count flows, packets and bytes in groups")
+    parser.add_argument(
+        "--watch", nargs="?", type=_seconds, const=2.0, metavar="SECONDS", help="again and again, every 2 seconds"
+    )
     parser.add_argument("--expected", action="store_true", help="list the connections that helpers expect instead")
-    parser.set_defaults(func=run)
+    parser.set_defaults(func=lambda args: run(args, parser))
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """List them; returns the exit code."""
-    rows = api.request(api.socket_path(getattr(args, "socket", None)), "expectations" if args.expected else "flows")
-    if args.output == "json":
-        json_array(rows)
-    elif args.output == "jsonl":
-        json_lines(rows)
-    elif args.expected:
-        table(HEADER_EXPECTED, _expected_cells(rows))
+    if args.sort is not None and args.sort not in (flowtable.GROUP_SORTS if args.by else flowtable.SORTS):
+        known = flowtable.GROUP_SORTS if args.by else flowtable.SORTS
+        parser.error(f"argument --sort: expected {', '.join(known)} here, not {args.sort}")
+    if args.watch is not None and args.output != "table":
+        parser.error("argument --watch: shows a table; for programs, use `conntrackd events`")
+    if args.expected and (args.filter or args.by or args.sort):
+        parser.error("argument --expected: goes without a filter, --sort and --by")
+    text = filter_of(args)
+    if args.watch is not None:
+        _watch(args, text)
+    elif args.output == "table":
+        for line in _lines(args, text):
+            print(line)
     else:
-        table(HEADER, _cells(rows))
+        WRITERS[args.output](_rows(args, text))
     return EXIT_OK
 
 
-def _cells(rows: Iterator[bytes]) -> Iterator[list[str]]:
-    decoder = msgspec.json.Decoder(api.Flow)
-    for row in rows:
-        flow = decoder.decode(row)
-        orig, reply = flow.orig, flow.reply
-        target = endpoint(orig.dst, orig.dport)
-        if orig.type is not msgspec.UNSET:
-            target += f" type {orig.type} code {orig.code} id {orig.id}"
-        flags = [flag for flag in flow.status if flag not in ("CONFIRMED", "SEEN_REPLY")]
-        if "SEEN_REPLY" not in flow.status:
-            flags.append("UNREPLIED")
-        yield [
-            flow.protocol,
-            flow.state or "-",
-            endpoint(orig.src, orig.sport),
-            target,
-            ",".join(flags) or "-",
-            duration(flow.timeout_seconds),
-            f"{orig.packets}/{reply.packets}",
-            f"{orig.bytes}/{reply.bytes}",
-            flow.rule,
-        ]
+def _ask(args: argparse.Namespace, text: str) -> Iterator[bytes]:
+    path = api.socket_path(getattr(args, "socket", None))
+    if args.expected:
+        return api.request(path, "expectations")
+    return api.request(path, "flows", {"filter": text} if text else {})
+
+
+def _rows(args: argparse.Namespace, text: str) -> Iterator[bytes]:
+    """Ask for the rows that are to be written, as JSON."""
+    rows = _ask(args, text)
+    if args.by:
+        return map(msgspec.json.encode, _groups(args, rows))
+    return flowtable.ordered(rows, args.sort, args.reverse, args.limit)
+
+
+def _groups(args: argparse.Namespace, rows: Iterator[bytes]) -> Iterable[api.Group]:
+    groups = flowtable.grouped(flowtable.decoded(rows), args.by)
+    groups.sort(key=flowtable.GROUP_SORTS[args.sort or "count"], reverse=args.reverse)
+    return groups[: args.limit]
+
+
+def _lines(args: argparse.Namespace, text: str) -> Iterator[str]:
+    """Write the table."""
+    if args.expected:
+        return table_lines(HEADER_EXPECTED, _expected_cells(islice(_ask(args, text), args.limit)))
+    if args.by:
+        rows = (
+            [group.key, *map(str, (group.count, group.packets, group.bytes))]
+            for group in _groups(args, _ask(args, text))
+        )
+        return table_lines((args.by.upper(), *flowtable.HEADER_GROUPS), rows)
+    flows = flowtable.decoded(_rows(args, text))
+    return table_lines(flowtable.HEADER, map(flowtable.cells, flows), flowtable.tint)
+
+
+def _watch(args: argparse.Namespace, text: str) -> None:
+    """Show the table again and again: on a terminal as much as fits, in place; else one below the other."""
+    while True:
+        moment = time.strftime("%H:%M:%S")
+        if sys.stdout.isatty():
+            size = os.get_terminal_size()
+            lines = [f"{moment}, every {args.watch:g} s"]
+            lines += islice(_lines(args, text), size.lines - 2)
+            sys.stdout.write(TOP_LEFT + "".join(f"{line}{CLEAR_LINE}\n" for line in lines) + CLEAR_BELOW)
+        else:
+            print(moment, *_lines(args, text), "", sep="\n")
+        sys.stdout.flush()
+        time.sleep(args.watch)
 
 
 def _expected_cells(rows: Iterator[bytes]) -> Iterator[list[str]]:
@@ -77,3 +134,19 @@ def _expected_cells(rows: Iterator[bytes]) -> Iterator[list[str]]:
             duration(expected.timeout_seconds),
             str(expected.master),
         ]
+
+
+def _count(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of rows")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0.1 <= seconds <= 86400:
+        raise argparse.ArgumentTypeError(f"{text!r} is no time between 0.1 s and a day (a FILTER goes before --watch)")
+    return seconds

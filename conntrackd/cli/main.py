@@ -10,14 +10,17 @@ import os
 import sys
 from collections.abc import Sequence
 
-from conntrackd.cli.output import EXIT_FAILED, EXIT_NOT_RUNNING, EXIT_OK, remark
+from conntrackd.cli.output import EXIT_FAILED, EXIT_NOT_RUNNING, EXIT_OK, EXIT_USAGE, remark
 
 COMMANDS = {
     "run": "run the daemon in the foreground",
     "check": "check a configuration file; changes nothing",
     "rules": "install, remove or show the rules that bring packets to the daemon; show what the policy's rules did",
     "status": "show the state of the running daemon",
-    "flows": "list the connections",
+    "flows": "list the connections, in an order or in groups; --watch them",
+    "flow": "show everything about one connection",
+    "count": "count the connections",
+    "kill": "end connections",
     "stats": "show the counters",
     "events": "follow what happens to connections",
     "drops": "list the packets dropped most recently, and why",
@@ -94,4 +97,8 @@ def _code_of(error: Exception) -> int:
         return EXIT_NOT_RUNNING
     if isinstance(error, api.RequestError):
         return EXIT_FAILED
+    from conntrackd.filter import FilterError
+
+    if isinstance(error, FilterError):
+        return EXIT_USAGE
     raise error

@@ -1,13 +1,19 @@
 """How the command line speaks: data on stdout as a table or JSON, remarks on stderr, and the exit codes."""
 
+import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import chain, islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TypeVar
 
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_NOT_RUNNING = 3
+
+BOLD, DIM, YELLOW, PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[33m", "\x1b[0m"
+
+Row = TypeVar("Row", bound=Sequence[str])
 
 WIDTH_SAMPLE = 500  # rows that set the widths of a table; rows after them stream
 
@@ -17,13 +23,35 @@ def remark(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Print rows in columns. A cell of a late row that is wider than its column moves the rest of its row."""
+def coloured() -> bool:
+    """Whether stdout is a terminal that shows colours, and they are wanted (https://no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def table(header: Sequence[str], rows: Iterable[Row], tint: Callable[[Row], str] | None = None) -> None:
+    """Print rows in columns; on a terminal, in the colours that `tint` chooses."""
+    for line in table_lines(header, rows, tint):
+        print(line)
+
+
+def table_lines(header: Sequence[str], rows: Iterable[Row], tint: Callable[[Row], str] | None = None) -> Iterator[str]:
+    """Write rows in columns. A cell of a late row that is wider than its column moves the rest of its row."""
     stream = iter(rows)
     sample = list(islice(stream, WIDTH_SAMPLE))
     widths = [max(map(len, column)) for column in zip(header, *sample, strict=True)]
-    for row in chain([header], sample, stream):
-        print("  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip())
+    colour = coloured()
+    yield _painted(_line(header, widths), BOLD if colour else "")
+    for part in (sample, stream):
+        for row in part:
+            yield _painted(_line(row, widths), tint(row) if colour and tint is not None else "")
+
+
+def _line(row: Sequence[str], widths: Sequence[int]) -> str:
+    return "  ".join(f"{cell:<{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+
+
+def _painted(text: str, colour: str) -> str:
+    return f"{colour}{text}{PLAIN}" if colour else text
 
 
 def json_array(rows: Iterator[bytes]) -> None:

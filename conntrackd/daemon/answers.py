@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterator
-from ipaddress import ip_network
 from typing import Final
 
 import msgspec
@@ -11,7 +10,6 @@ from conntrackd import api
 from conntrackd.config import Config
 from conntrackd.const import CLOSED_NAMES, CTINFO_NAMES
 from conntrackd.core import compiled
-from conntrackd.core.expect import EXPECT_FLAG_NAMES, Expect
 from conntrackd.daemon import flowrows
 from conntrackd.daemon.control import Asked
 from conntrackd.daemon.links import Links
@@ -62,33 +60,7 @@ class Answers:
         """List what helpers expect."""
         for expect in list(self._fw.net.table.expectations.by_id.values()):
             if expect.expires_ms > self.now_ms:
-                yield self._expectation(expect)
-
-    def _expectation(self, expect: Expect) -> api.Expectation:
-        info = expect.master.help
-        assert info is not None
-        ends = flowrows.ends(expect.tuple)
-        size = len(expect.tuple) - 5 >> 1
-        prefix = int.from_bytes(expect.mask[1 : 1 + size], "big").bit_count()
-        if prefix == 0:
-            ends["src"] = None
-        elif prefix < size * 8:
-            ends["src"] = str(ip_network(f"{ends['src']}/{prefix}", strict=False))
-        if "sport" in ends and expect.mask[-4:-2] == b"\0\0":
-            ends["sport"] = None
-        return api.Expectation(
-            id=expect.id,
-            family=flowrows.family(expect.tuple),
-            protocol=flowrows.protocol(expect.tuple[0]),
-            protonum=expect.tuple[0],
-            zone=expect.master.zone,
-            timeout_seconds=max(0, (expect.expires_ms - self.now_ms) // 1000),
-            **ends,
-            helper=info.helper.name,
-            class_=info.helper.policies[expect.expect_class].name or None,
-            flags=[name for bit, name in EXPECT_FLAG_NAMES.items() if expect.flags & bit],
-            master=expect.master.id,
-        )
+                yield flowrows.expectation(expect, self.now_ms)
 
     def drops(self) -> Iterator[api.Drop]:
         """List the recent drops, the oldest first."""

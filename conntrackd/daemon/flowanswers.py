@@ -7,7 +7,7 @@ import msgspec
 import structlog
 
 from conntrackd import api
-from conntrackd.const import CLOSED_KILLED, CLOSED_NAMES, IPCT_DESTROY, IPCT_NAMES
+from conntrackd.const import CLOSED_KILLED, CLOSED_NAMES, IPCT_DESTROY, IPCT_NAMES, IPS_DYING
 from conntrackd.core.conn import Conn
 from conntrackd.core.ecache import Event
 from conntrackd.daemon import flowrows
@@ -53,6 +53,8 @@ class FlowAnswers:
             return self._count(self._chosen(asked))
         if asked.command == "events":
             return self._events(self._chosen(asked))
+        if asked.command == "flow":
+            return self._details(arguments(asked, api.FlowArgs).id)
         if asked.command == "kill":
             args = arguments(asked, api.KillArgs)
             if not args.filter.strip():
@@ -104,6 +106,20 @@ class FlowAnswers:
         finally:
             log.info("flows_killed", filter=chosen.text, count=len(killed), who=asked.who(), pid=asked.pid)
         yield from map(self._flow, killed)
+
+    def _details(self, number: int) -> Iterator[msgspec.Struct]:
+        """Tell everything about one connection, in one row; none if it is not there."""
+        found: Conn | None = None
+        children = []
+        for ct in self._find(Chosen("", self._links)):
+            if ct is None:
+                yield MORE
+            elif ct.id == number:
+                found = ct
+            elif ct.master is not None and ct.master.id == number:
+                children.append(ct.id)
+        if found is not None and not found.status & IPS_DYING:
+            yield flowrows.details(self._fw.net, found, children, self.now_ms, self._links.interface)
 
     def _flow(self, ct: Conn) -> api.Flow:
         return flowrows.flow(self._fw.net, ct, self.now_ms, self._links.interface)

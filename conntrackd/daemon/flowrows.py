@@ -1,7 +1,8 @@
-"""Connections and tuples in the words of the contract (api.py)."""
+"""Connections, expectations and tuples in the words of the contract (api.py)."""
 
 import time
 from collections.abc import Callable
+from ipaddress import ip_network
 from socket import AF_INET, AF_INET6, inet_ntop
 from typing import Any, Final
 
@@ -9,6 +10,7 @@ import msgspec
 
 from conntrackd import api
 from conntrackd.const import (
+    CLOSED_NAMES,
     IPPROTO_GRE,
     IPPROTO_ICMP,
     IPPROTO_ICMPV6,
@@ -19,11 +21,27 @@ from conntrackd.const import (
     STATUS_NAMES,
 )
 from conntrackd.core.conn import Conn
+from conntrackd.core.expect import EXPECT_FLAG_NAMES, Expect
 from conntrackd.core.net import Conntrack
 from conntrackd.core.proto.sctp import STATE_NAMES as SCTP_STATE_NAMES
+from conntrackd.core.proto.sctp import SctpConn
+from conntrackd.core.proto.tcp import (
+    FLAG_BE_LIBERAL,
+    FLAG_CLOSE_INIT,
+    FLAG_SACK_PERM,
+    FLAG_WINDOW_SCALE,
+    TcpConn,
+    TcpPeer,
+)
 from conntrackd.core.proto.tcp_states import STATE_NAMES as TCP_STATE_NAMES
 from conntrackd.core.tuples import PROTOCOL_NAMES
 
+TCP_FLAG_NAMES: Final = {
+    FLAG_WINDOW_SCALE: "WINDOW_SCALE",
+    FLAG_SACK_PERM: "SACK_PERM",
+    FLAG_CLOSE_INIT: "CLOSE_INIT",
+    FLAG_BE_LIBERAL: "BE_LIBERAL",
+}
 WITH_PORTS: Final = (IPPROTO_TCP, IPPROTO_UDP, IPPROTO_SCTP, IPPROTO_UDPLITE)
 
 
@@ -50,6 +68,63 @@ def flow(net: Conntrack, ct: Conn, now_ms: int, interface: Callable[[int], str |
         out=interface(ct.oif),
         labels=f"{labels:032x}" if labels else msgspec.UNSET,
         idle_seconds=(now_ms - ct.seen_ms) // 1000,
+    )
+
+
+def details(
+    net: Conntrack, ct: Conn, children: list[int], now_ms: int, interface: Callable[[int], str | None]
+) -> api.FlowDetails:
+    """Describe everything about a connection; `children`: those that it has announced."""
+    expected = ct.help.expectations if ct.help is not None else []
+    return api.FlowDetails(
+        **msgspec.structs.asdict(flow(net, ct, now_ms, interface)),
+        begun=moment(ct.created_ms, now_ms),
+        last_packet=moment(ct.seen_ms, now_ms),
+        generation=ct.generation,
+        ending=CLOSED_NAMES[ct.ending] if ct.ending else None,
+        own_timeouts=ct.timeouts != 0,
+        children=children,
+        expected=[expectation(expect, now_ms) for expect in expected if expect.expires_ms > now_ms],
+        tcp=api.TcpDetails(_side(ct.original), _side(ct.replier)) if isinstance(ct, TcpConn) else msgspec.UNSET,
+        sctp=api.SctpDetails(*ct.vtag) if isinstance(ct, SctpConn) else msgspec.UNSET,
+    )
+
+
+def _side(peer: TcpPeer) -> api.TcpSide:
+    return api.TcpSide(
+        end=peer.end,
+        max_end=peer.maxend,
+        max_window=peer.maxwin,
+        scale=peer.scale,
+        flags=[name for bit, name in TCP_FLAG_NAMES.items() if peer.flags & bit],
+    )
+
+
+def expectation(expect: Expect, now_ms: int) -> api.Expectation:
+    """Describe a connection that is expected."""
+    info = expect.master.help
+    assert info is not None
+    parts = ends(expect.tuple)
+    size = len(expect.tuple) - 5 >> 1
+    prefix = int.from_bytes(expect.mask[1 : 1 + size], "big").bit_count()
+    if prefix == 0:
+        parts["src"] = None
+    elif prefix < size * 8:
+        parts["src"] = str(ip_network(f"{parts['src']}/{prefix}", strict=False))
+    if "sport" in parts and expect.mask[-4:-2] == b"\0\0":
+        parts["sport"] = None
+    return api.Expectation(
+        id=expect.id,
+        family=family(expect.tuple),
+        protocol=protocol(expect.tuple[0]),
+        protonum=expect.tuple[0],
+        zone=expect.master.zone,
+        timeout_seconds=max(0, (expect.expires_ms - now_ms) // 1000),
+        **parts,
+        helper=info.helper.name,
+        class_=info.helper.policies[expect.expect_class].name or None,
+        flags=[name for bit, name in EXPECT_FLAG_NAMES.items() if expect.flags & bit],
+        master=expect.master.id,
     )
 
 

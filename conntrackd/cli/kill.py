@@ -1,0 +1,60 @@
+"""`conntrackd kill`: end the connections that a filter chooses."""
+
+import argparse
+import sys
+from collections.abc import Iterator
+
+import msgspec
+
+from conntrackd import api
+from conntrackd.cli import flowtable
+from conntrackd.cli.filterwords import add_filter, filter_of
+from conntrackd.cli.output import EXIT_FAILED, EXIT_OK, json_array, json_lines, remark, table
+
+
+def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the sub-command."""
+    parser = subparsers.add_parser("kill", help="end connections; it is no failure if there are none")
+    add_filter(parser, required=True)
+    parser.add_argument("--dry-run", action="store_true", help="show which ones it would be; end none")
+    parser.add_argument("-y", "--yes", action="store_true", help="do not ask, which only happens on a terminal")
+    parser.add_argument("-o", "--output", choices=["table", "json", "jsonl"], default="table")
+    parser.set_defaults(func=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """End them and show which; returns the exit code."""
+    path, text = api.socket_path(getattr(args, "socket", None)), filter_of(args)
+    if not args.dry_run and not args.yes and sys.stdin.isatty() and sys.stdout.isatty():
+        (row,) = api.request(path, "count", {"filter": text})
+        count = msgspec.json.decode(row, type=api.Count).count
+        if count and input(f"End {_flows(count)}? [y/N] ").strip().lower() not in ("y", "yes"):
+            remark("Nothing was changed.")
+            return EXIT_FAILED
+    rows = _Counted(api.request(path, "kill", {"filter": text, "dry_run": args.dry_run}))
+    if args.output == "json":
+        json_array(rows)
+    elif args.output == "jsonl":
+        json_lines(rows)
+    else:
+        table(flowtable.HEADER, map(flowtable.cells, flowtable.decoded(rows)), flowtable.tint)
+    end = " would be ended: nothing was changed." if args.dry_run else " ended."
+    remark(_flows(rows.count) + end)
+    return EXIT_OK
+
+
+class _Counted(Iterator[bytes]):
+    """Rows, and how many have come."""
+
+    def __init__(self, rows: Iterator[bytes]) -> None:
+        self.count = 0
+        self._rows = rows
+
+    def __next__(self) -> bytes:
+        row = next(self._rows)
+        self.count += 1
+        return row
+
+
+def _flows(count: int) -> str:
+    return f"{count} flow{'' if count == 1 else 's'}"
