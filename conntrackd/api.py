@@ -247,6 +247,35 @@ class Interface(msgspec.Struct):
     zone: str | None
 
 
+class GenerationRow(msgspec.Struct):
+    """One generation of the policy (`history`)."""
+
+    generation: int
+    time: str  # RFC 3339, UTC
+    who: str
+    how: str
+    file: str
+    rules: int
+    state: str
+
+
+class Problem(msgspec.Struct):
+    """Something that is wrong now."""
+
+    name: str  # the same for the same problem, for scripts
+    severity: str  # warning, error
+    message: str
+
+
+class Limit(msgspec.Struct):
+    """How much is used of something that has a limit."""
+
+    name: str  # table, unconfirmed, expectations, queue N (packets), buffer N (bytes)
+    used: int
+    max: int  # 0: no limit
+    percent: int | None  # null: no limit
+
+
 class Status(msgspec.Struct):
     """The daemon as a whole."""
 
@@ -260,6 +289,14 @@ class Status(msgspec.Struct):
     flows_max: int  # 0: no limit
     unconfirmed: int
     unconfirmed_max: int
+    health: str  # ok; degraded: there are warnings; failing: there are errors
+    problems: list[Problem]  # errors first
+    limits: list[Limit]
+    packets_per_second: int  # through both queues, in the last second
+    policy: GenerationRow  # in force
+    trial_seconds: (
+        int | None
+    )  # until the policy before comes back unless this one is confirmed; null: it is not on trial
     queues: list[QueueStatus]
     interfaces: list[Interface]
 
@@ -328,18 +365,6 @@ class Change(msgspec.Struct, kw_only=True):
     message: str
     errors: list[Mistake] = []
     remarks: list[str] = []
-
-
-class GenerationRow(msgspec.Struct):
-    """One generation of the policy (`history`)."""
-
-    generation: int
-    time: str  # RFC 3339, UTC
-    who: str
-    how: str
-    file: str
-    rules: int
-    state: str
 
 
 class SourceText(msgspec.Struct):

@@ -11,7 +11,7 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_NOT_RUNNING = 3
 
-BOLD, DIM, YELLOW, PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[33m", "\x1b[0m"
+BOLD, DIM, RED, GREEN, YELLOW, PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[31m", "\x1b[32m", "\x1b[33m", "\x1b[0m"
 
 Row = TypeVar("Row", bound=Sequence[str])
 
@@ -26,6 +26,11 @@ def remark(text: str) -> None:
 def coloured() -> bool:
     """Whether stdout is a terminal that shows colours, and they are wanted (https://no-color.org)."""
     return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def paint(text: str, colour: str) -> str:
+    """Colour a text where colours are shown."""
+    return _painted(text, colour if coloured() else "")
 
 
 def table(header: Sequence[str], rows: Iterable[Row], tint: Callable[[Row], str] | None = None) -> None:
@@ -81,6 +86,16 @@ def duration(seconds: int) -> str:
             smaller, part = units[index + 1]
             return f"{seconds // size}{unit}{seconds % size // part:02d}{smaller}"
     return f"{seconds}s"
+
+
+def ago(moment: str | None) -> str:
+    """Write how long ago a moment was, given as the daemon writes it (RFC 3339); None: never."""
+    from datetime import UTC, datetime
+
+    if moment is None:
+        return "never"
+    since = datetime.now(UTC) - datetime.fromisoformat(moment)
+    return f"{duration(max(0, int(since.total_seconds())))} ago"
 
 
 def endpoint(address: str | None, port: object) -> str:

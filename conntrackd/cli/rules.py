@@ -1,12 +1,11 @@
 """`conntrackd rules`: the iptables rules that bring packets to the daemon."""
 
 import argparse
-from datetime import UTC, datetime
 
 import msgspec
 
 from conntrackd import api, config
-from conntrackd.cli.output import EXIT_FAILED, EXIT_OK, EXIT_USAGE, duration, json_array, remark, table
+from conntrackd.cli.output import EXIT_FAILED, EXIT_OK, EXIT_USAGE, ago, json_array, remark, table
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -71,16 +70,9 @@ def _hits(args: argparse.Namespace) -> int:
                 row.name,
                 row.action,
                 *map(str, (row.hits, row.flows, row.live, row.packets, row.bytes)),
-                _ago(row.last_hit),
+                ago(row.last_hit),
             )
             for row in rows
         ],
     )
     return EXIT_OK
-
-
-def _ago(moment: str | None) -> str:
-    if moment is None:
-        return "never"
-    since = datetime.now(UTC) - datetime.fromisoformat(moment)
-    return f"{duration(max(0, int(since.total_seconds())))} ago"

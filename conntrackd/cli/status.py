@@ -1,11 +1,16 @@
-"""`conntrackd status`: the state of the running daemon on one screen."""
+"""`conntrackd status`: the state of the running daemon on one screen, what is wrong with it first."""
 
 import argparse
+import textwrap
 
 import msgspec
 
 from conntrackd import api
-from conntrackd.cli.output import EXIT_OK, duration, table
+from conntrackd.cli.output import EXIT_OK, GREEN, RED, YELLOW, ago, duration, paint, table
+
+WIDTH = 100  # of sentences
+NEAR_PERCENT = 80
+COLOURS = {"ok": GREEN, "degraded": YELLOW, "failing": RED, "warning": YELLOW, "error": RED}
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -22,12 +27,27 @@ def run(args: argparse.Namespace) -> int:
         print(msgspec.json.format(row).decode())
         return EXIT_OK
     status = msgspec.json.decode(row, type=api.Status)
+    _show(status)
+    return EXIT_OK
+
+
+def _show(status: api.Status) -> None:
+    print(f"conntrackd {status.version} is {paint(status.health, COLOURS[status.health])}")
+    for problem in status.problems:
+        label = f"{problem.severity}: "
+        lines = textwrap.wrap(problem.message, WIDTH, initial_indent="  " + label, subsequent_indent="    ")
+        print("\n".join(lines).replace(label, paint(label, COLOURS[problem.severity]), 1))
     print(
-        f"conntrackd {status.version} ({status.core} core), process {status.pid}, up {duration(status.uptime_seconds)}"
+        f"process {status.pid}, {status.core} core, up {duration(status.uptime_seconds)}, "
+        f"{status.packets_per_second} packets/s"
     )
-    print(f"configuration {status.config}, generation {status.generation}")
-    print(f"flows {status.flows} of {status.flows_max or 'any number'}")
-    print(f"unconfirmed {status.unconfirmed} of {status.unconfirmed_max}")
+    policy = status.policy
+    print(f"policy {status.config}, generation {status.generation} of {ago(policy.time)}: {policy.how} by {policy.who}")
+    if status.trial_seconds is not None:
+        trial = f"on trial: ends in {status.trial_seconds} s unless `conntrackd confirm` keeps it"
+        print("  " + paint(trial, YELLOW))
+    print()
+    table(("LIMIT", "USED", "OF", "FULL"), [_limit(limit) for limit in status.limits], _tint)
     print()
     table(
         ("QUEUE", "HOOKS", "WAITING", "PACKETS", "DROPPED", "ERRORS", "LOST"),
@@ -49,4 +69,14 @@ def run(args: argparse.Namespace) -> int:
         ("INTERFACE", "INDEX", "ZONE"),
         [(link.name, str(link.index), link.zone or "-") for link in status.interfaces],
     )
-    return EXIT_OK
+
+
+def _limit(limit: api.Limit) -> tuple[str, str, str, str]:
+    if limit.percent is None:
+        return limit.name, str(limit.used), "any number", "-"
+    return limit.name, str(limit.used), str(limit.max), f"{limit.percent} %"
+
+
+def _tint(row: tuple[str, str, str, str]) -> str:
+    full = row[-1].partition(" ")[0]
+    return YELLOW if full.isdecimal() and int(full) >= NEAR_PERCENT else ""

@@ -1,55 +1,33 @@
 """What the daemon says about itself, what helpers expect and what was dropped (api.py)."""
 
-import os
 from collections.abc import Iterator
-from typing import Final
 
 import msgspec
 
 from conntrackd import api
-from conntrackd.config import Config
 from conntrackd.const import CLOSED_NAMES, CTINFO_NAMES
-from conntrackd.core import compiled
 from conntrackd.daemon import flowrows
 from conntrackd.daemon.control import Asked
 from conntrackd.daemon.links import Links
-from conntrackd.daemon.queue import LATENCY_BOUNDS_US, KernelQueue, Queue, kernel_queues
+from conntrackd.daemon.queue import Queue
+from conntrackd.daemon.statusanswers import queue_statuses
 from conntrackd.hooks import Firewall
-
-NOTHING_KNOWN: Final = KernelQueue(portid=0, waiting=0, dropped_full=0, dropped_socket=0)
-LATENCY_LABELS: Final = (*(str(bound) for bound in LATENCY_BOUNDS_US), "+Inf")
-HOOKS: Final = (["PREROUTING", "OUTPUT"], ["POSTROUTING", "INPUT"])
 
 
 class Answers:
     """What can be asked besides connections and the policy. `now_ms` is set by the loop whenever it wakes."""
 
-    def __init__(
-        self,
-        version: str,
-        config: Config,
-        config_file: str,
-        fw: Firewall,
-        links: Links,
-        queues: tuple[Queue, Queue],
-        now_ms: int,
-    ) -> None:
+    def __init__(self, fw: Firewall, links: Links, queues: tuple[Queue, Queue], now_ms: int) -> None:
         self.now_ms = now_ms
-        self._version = version
-        self._config = config
-        self._config_file = config_file
         self._fw = fw
         self._links = links
         self._queues = queues
-        self._started_ms = now_ms
 
     def rows(self, asked: Asked) -> Iterator[msgspec.Struct | None] | None:
         """Begin to answer a command; None if it is none of these."""
         command = asked.command
         if command == "expectations":
             return self.expectations()
-        if command == "status":
-            return iter([self.status()])
         if command == "stats":
             return iter([self.stats()])
         if command == "drops":
@@ -78,28 +56,6 @@ class Answers:
                 in_=self._links.interface(iif),
                 out=self._links.interface(oif),
             )
-
-    def status(self) -> api.Status:
-        """Describe the daemon as a whole."""
-        net, ruleset = self._fw.net, self._fw.ruleset
-        zones = {number: name for name, number in ruleset.zones.items()}
-        return api.Status(
-            version=self._version,
-            core="compiled" if compiled() else "pure",
-            pid=os.getpid(),
-            uptime_seconds=(self.now_ms - self._started_ms) // 1000,
-            config=self._config_file,
-            generation=ruleset.generation,
-            flows=net.table.count,
-            flows_max=net.sysctl.max,
-            unconfirmed=net.table.unconfirmed_count(),
-            unconfirmed_max=net.sysctl.unconfirmed_max,
-            queues=self._queue_statuses(),
-            interfaces=[
-                api.Interface(index, name, zones.get(ruleset.zone_of.get(index, -1)))
-                for index, name in sorted(self._links.names.items())
-            ],
-        )
 
     def stats(self) -> api.Stats:
         """Give all counters."""
@@ -138,28 +94,5 @@ class Answers:
                 api.RuleHits(rule.name, "accept" if rule.accept else "drop", rule.hits)
                 for rule in self._fw.ruleset.rules
             ],
-            queues=self._queue_statuses(),
+            queues=queue_statuses(self._queues),
         )
-
-    def _queue_statuses(self) -> list[api.QueueStatus]:
-        kernel = kernel_queues()
-        statuses = []
-        for queue, hooks in zip(self._queues, HOOKS, strict=True):
-            known = kernel.get(queue.number, NOTHING_KNOWN)
-            statuses.append(
-                api.QueueStatus(
-                    number=queue.number,
-                    hooks=hooks,
-                    max_length=self._config.queue.max_length,
-                    packets=queue.packets,
-                    dropped=queue.dropped,
-                    errors=queue.errors,
-                    verdict_errors=queue.verdict_errors,
-                    latency_us=dict(zip(LATENCY_LABELS, queue.latency, strict=True)),
-                    socket_buffer=queue.socket_buffer(),
-                    waiting=known.waiting,
-                    dropped_full=known.dropped_full,
-                    dropped_socket=known.dropped_socket,
-                )
-            )
-        return statuses

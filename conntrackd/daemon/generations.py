@@ -78,7 +78,8 @@ class Generations:
         self._fw = fw
         self._links = links
         self._notify = notify
-        self._number = 1
+        self.number = 1
+        self.failed_at = 0.0  # when a policy was refused, in seconds since the epoch; 0 if the last one was not
         self._loading: Loading | None = None
         self._deadline_ms = 0  # of the generation that is to be confirmed; 0: there is none
         self._sweep: Iterator[Conn] | None = None
@@ -122,30 +123,40 @@ class Generations:
         if not self._deadline_ms:
             return self._failed("No generation waits to be confirmed.")
         self._deadline_ms = 0
-        log.info("policy_confirmed", generation=self._number, who=asked.who(), pid=asked.pid)
-        return api.Change(ok=True, generation=self._number, message=f"Generation {self._number} stays.")
+        log.info("policy_confirmed", generation=self.number, who=asked.who(), pid=asked.pid)
+        return api.Change(ok=True, generation=self.number, message=f"Generation {self.number} stays.")
 
     def _failed(self, sentence: str) -> api.Change:
-        return api.Change(ok=False, generation=self._number, message=sentence)
+        return api.Change(ok=False, generation=self.number, message=sentence)
 
     def _history(self) -> Iterator[api.GenerationRow]:
         for entry in self.history:
-            state = entry.ended or "in force"
-            if entry is self.history[-1] and self._deadline_ms:
-                state = f"unconfirmed, ends in {max(0, self._deadline_ms - self.now_ms) // 1000} s"
-            yield api.GenerationRow(
-                generation=entry.number,
-                time=api.timestamp(entry.at),
-                who=entry.who,
-                how=entry.how,
-                file=entry.files[0].name,
-                rules=entry.rules,
-                state=state,
-            )
+            yield self.row(entry)
+
+    def row(self, entry: Generation | None = None) -> api.GenerationRow:
+        """Describe a generation; without one, the one that is in force."""
+        entry = entry or self.history[-1]
+        state = entry.ended or "in force"
+        trial_s = self.trial_seconds()
+        if entry is self.history[-1] and trial_s is not None:
+            state = f"unconfirmed, ends in {trial_s} s"
+        return api.GenerationRow(
+            generation=entry.number,
+            time=api.timestamp(entry.at),
+            who=entry.who,
+            how=entry.how,
+            file=entry.files[0].name,
+            rules=entry.rules,
+            state=state,
+        )
+
+    def trial_seconds(self) -> int | None:
+        """How long the policy in force stays if nobody confirms it; None: it is not on trial."""
+        return max(0, self._deadline_ms - self.now_ms) // 1000 if self._deadline_ms else None
 
     def _texts(self, number: int) -> Iterator[api.SourceText]:
         for entry in self.history:
-            if entry.number == (number or self._number):
+            if entry.number == (number or self.number):
                 return iter([api.SourceText(file.name, file.text.decode()) for file in entry.files])
         raise api.RequestError(f"Generation {number} is not remembered: `conntrackd history` lists those that are.")
 
@@ -165,7 +176,7 @@ class Generations:
                 loading.config = loading.files
             else:
                 loading.config = config_file.check(loading.files or read(self.file))
-            loading.ruleset = compile_ruleset(loading.config, self._number + 1)
+            loading.ruleset = compile_ruleset(loading.config, self.number + 1)
         except ConfigErrors as errors:
             loading.errors = errors
         except Exception:
@@ -198,11 +209,10 @@ class Generations:
         sys.setswitchinterval(0.005)
         if loading.config is None or loading.ruleset is None:
             errors = loading.errors.errors if loading.errors is not None else []
-            message = (
-                f"{loading.failure or 'The configuration has mistakes'}; generation {self._number} stays in force."
-            )
+            message = f"{loading.failure or 'The configuration has mistakes'}; generation {self.number} stays in force."
             loading.outcome = self._failed(message)
             loading.outcome.errors = [api.Mistake(**vars(error)) for error in errors]
+            self.failed_at = time.time()
             log.warning("policy_refused", how=loading.how, who=loading.asked.who(), errors=len(errors))
         else:
             loading.outcome = self._install(loading, loading.config, loading.ruleset)
@@ -211,7 +221,7 @@ class Generations:
     def tick(self) -> None:
         """Go back if time to confirm is up; to be called about once a second."""
         if self._deadline_ms and self.now_ms >= self._deadline_ms and self._loading is None:
-            log.warning("policy_not_confirmed", generation=self._number)
+            log.warning("policy_not_confirmed", generation=self.number)
             self._roll_back(BY_TIMER)
 
     # --- Putting in force -----------------------------------------------------------------------------------------
@@ -221,9 +231,10 @@ class Generations:
         fw, before = self._fw, self.history[-1]
         remarks = _needs_restart(before.config, config)
         if loading.confirm_ms and self._deadline_ms:
-            remarks.append(f"Generation {self._number} was not confirmed and is what a rollback goes back to.")
+            remarks.append(f"Generation {self.number} was not confirmed and is what a rollback goes back to.")
         inherit(ruleset, fw.ruleset, self.now_ms)
-        self._number = ruleset.generation
+        self.failed_at = 0.0
+        self.number = ruleset.generation
         self._set_timeouts(ruleset)
         fw.net.configure(config.sysctl())
         fw.ruleset = ruleset
@@ -237,24 +248,24 @@ class Generations:
         for entry in self.history[:-1]:
             entry.config = None
         who = "nobody confirmed" if loading.how == "timer" else f"{loading.asked.who()} (process {loading.asked.pid})"
-        self.history.append(_generation(self._number, loading.how, who, config))
+        self.history.append(_generation(self.number, loading.how, who, config))
         del self.history[:-HISTORY_MAX]
         log.info(
             "policy_in_force",
-            generation=self._number,
+            generation=self.number,
             how=loading.how,
             who=who,
             rules=len(config.rule),
             confirm_seconds=loading.confirm_ms // 1000,
         )
-        message = f"Generation {self._number} is in force."
+        message = f"Generation {self.number} is in force."
         if loading.confirm_ms:
             message = (
-                f"Generation {self._number} is in force for {loading.confirm_ms // 1000} s: "
+                f"Generation {self.number} is in force for {loading.confirm_ms // 1000} s: "
                 "`conntrackd confirm` keeps it, otherwise generation "
                 f"{before.number} comes back."
             )
-        return api.Change(ok=True, generation=self._number, message=message, remarks=remarks)
+        return api.Change(ok=True, generation=self.number, message=message, remarks=remarks)
 
     def config(self) -> Config:
         """Give the configuration in force."""

@@ -31,6 +31,7 @@ from conntrackd.daemon.answers import Answers
 from conntrackd.daemon.control import Asked, Control, ControlError
 from conntrackd.daemon.flowanswers import FlowAnswers
 from conntrackd.daemon.generations import Generations
+from conntrackd.daemon.health import Health
 from conntrackd.daemon.links import Links
 from conntrackd.daemon.mark import Mark
 from conntrackd.daemon.nfnetlink import NFQA_CFG_F_FAIL_OPEN, NFQA_CFG_F_GSO
@@ -39,6 +40,7 @@ from conntrackd.daemon.policyanswers import PolicyAnswers
 from conntrackd.daemon.queue import Queue, QueueError
 from conntrackd.daemon.rulesjob import RulesJob
 from conntrackd.daemon.simulate import SimulateError, Track, tracking
+from conntrackd.daemon.statusanswers import StatusAnswers
 from conntrackd.daemon.watch import TableWatch
 from conntrackd.hooks import Firewall
 from conntrackd.policy.compile import compile as compile_ruleset
@@ -115,8 +117,12 @@ class Daemon:
         self._track = Queue(track_number, fw, mark, accept_on_error, track)
         self._confirm = Queue(confirm_number, fw, mark, accept_on_error)
         queues = (self._track, self._confirm)
-        self._answers = Answers(version("conntrackd"), config, file, fw, self._links, queues, now_ms)
+        self._answers = Answers(fw, self._links, queues, now_ms)
         self._flow_answers = FlowAnswers(fw, self._links)
+        self._health = health = Health(fw, queues, self._generations, now_ms)
+        self._status_answers = StatusAnswers(
+            version("conntrackd"), fw, self._links, queues, self._generations, health, now_ms
+        )
         self._policy_answers = PolicyAnswers(fw, self._links)
         self._watch = TableWatch(self._net)
         self._control: Control | None = None
@@ -168,7 +174,8 @@ class Daemon:
         self._notify.ready(f"Generation 1 is in force, {len(self._config.rule)} rules")
 
     def _answer(self, asked: Asked) -> Iterator[msgspec.Struct | None] | None:
-        for part in (self._answers, self._flow_answers, self._policy_answers, self._generations):
+        parts = (self._answers, self._flow_answers, self._status_answers, self._policy_answers, self._generations)
+        for part in parts:
             rows = part.rows(asked)
             if rows is not None:
                 return rows
@@ -194,7 +201,7 @@ class Daemon:
         """Tell what answers clients what time it is."""
         assert self._control is not None
         self._control.now_ms = self._answers.now_ms = self._flow_answers.now_ms = now_ms
-        self._policy_answers.now_ms = self._generations.now_ms = now_ms
+        self._status_answers.now_ms = self._policy_answers.now_ms = self._generations.now_ms = now_ms
 
     def _serve_others(self, now_ms: int) -> None:
         """Do what waits besides packets: clients, links, signals."""
@@ -259,6 +266,7 @@ class Daemon:
                 self._control.now_ms = now_ms
                 self._control.tick()
                 self._watch.tick()
+                self._health.tick(now_ms)
                 self._generations.now_ms = now_ms
                 self._generations.tick()
                 self._notify.alive()

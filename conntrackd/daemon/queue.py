@@ -13,6 +13,7 @@ the socket is empty or the budget of the turn is spent. The kernel carries them 
 import errno
 import os
 import socket
+import struct
 import time
 import warnings
 from collections.abc import Callable
@@ -52,6 +53,7 @@ MESSAGE_HEADER: Final = 20  # nlmsghdr and nfgenmsg; attributes follow
 # twice what it is asked for.
 SOCKET_BYTES_PER_PACKET: Final = 2304
 SOCKET_BUFFER_MAX: Final = (1 << 30) - 1  # the kernel's own limit
+SO_MEMINFO: Final = 55  # begins with the bytes in use and the limit
 LOG_PAUSE_MS: Final = 1000
 # Of the calling thread: tests run queues in the network namespace of a thread.
 PROC: Final = Path("/proc/thread-self/net/netfilter/nfnetlink_queue")
@@ -90,6 +92,8 @@ class Queue:
         track: Callable[[Firewall, bytes, int, int, int, int], int] = pre_routing,
     ) -> None:
         self.number = number
+        self.max_length = 0  # packets that may wait, and bytes of them, as they were asked for
+        self.wanted_buffer = 0
         self.now_ms = 0
         self.packets = 0
         self.dropped = 0
@@ -121,6 +125,8 @@ class Queue:
                 f"Queue {self.number} can't be bound: it needs root (the capability CAP_NET_ADMIN) "
                 "and a kernel with nfnetlink_queue."
             ) from error
+        self.max_length = max_length
+        self.wanted_buffer = min(max(socket_buffer, max_length * SOCKET_BYTES_PER_PACKET), SOCKET_BUFFER_MAX)
         with warnings.catch_warnings(record=True) as short:
             warnings.simplefilter("always")
             try:
@@ -129,7 +135,7 @@ class Queue:
                     _unused,
                     max_len=max_length,
                     range=COPY_RANGE,
-                    sock_len=min(max(socket_buffer, max_length * SOCKET_BYTES_PER_PACKET), SOCKET_BUFFER_MAX),
+                    sock_len=self.wanted_buffer,
                 )
             except OSError as error:
                 raise QueueError(self._why_not()) from error
@@ -156,12 +162,13 @@ class Queue:
         """The descriptor that is readable while packets wait."""
         return self._fd
 
-    def socket_buffer(self) -> int:
-        """Bytes that the kernel may hold for us, as it granted them; 0 while nothing is bound."""
+    def socket_memory(self) -> tuple[int, int]:
+        """Bytes that the kernel holds for us, and may hold, as it granted them; 0 while nothing is bound."""
         if self._nfqueue is None:
-            return 0
+            return 0, 0
         with socket.socket(fileno=os.dup(self._fd)) as sock:
-            return sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF)
+            used, size = struct.unpack("=2I", sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 8))
+        return int(used), int(size)
 
     def turn(self, budget: int) -> bool:
         """Give verdicts until the queue is empty or `budget` packets are done; say whether it was emptied."""

@@ -118,4 +118,4 @@ def test_every_packet_is_in_the_latency_histogram(net: Network, queue: Queue) ->
 
 
 def test_socket_buffer_is_what_the_kernel_granted(queue: Queue) -> None:
-    assert queue.socket_buffer() >= 2 << 20
+    assert queue.socket_memory()[1] >= 2 << 20

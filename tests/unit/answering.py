@@ -50,7 +50,7 @@ class Lab:
         links.names = NAMES
         mark = Mark(checked.queue.mark_mask)
         queues = (Queue(0, self.fw, mark, False), Queue(1, self.fw, mark, False))
-        self.answers = Answers("1.2.3", checked, "test.toml", self.fw, links, queues, BEGIN)
+        self.answers = Answers(self.fw, links, queues, BEGIN)
         self.flow_answers = FlowAnswers(self.fw, links)
         self.flow_answers.now_ms = BEGIN
 
