@@ -276,6 +276,20 @@ class Limit(msgspec.Struct):
     percent: int | None  # null: no limit
 
 
+class StateStatus(msgspec.Struct):
+    """What outlives the daemon, and how it stands with that."""
+
+    directory: str
+    period_seconds: int  # 0: only when the daemon stops
+    age_seconds: int | None  # of the last snapshot; null: there is none of this process yet, and so below
+    flows: int
+    bytes: int
+    taken: int
+    failed: int
+    error: str | None  # why the last one could not be taken
+    restored: int | None  # connections that the start found; null: there was nothing to restore
+
+
 class Status(msgspec.Struct):
     """The daemon as a whole."""
 
@@ -299,6 +313,7 @@ class Status(msgspec.Struct):
     )  # until the policy before comes back unless this one is confirmed; null: it is not on trial
     queues: list[QueueStatus]
     interfaces: list[Interface]
+    state: StateStatus | None = None  # null: nothing is kept
 
 
 class RuleHits(msgspec.Struct):

@@ -180,6 +180,12 @@ def _different(value: tuple[int, ...]) -> tuple[int, ...]:
     return value
 
 
+def _directory(value: str) -> str:
+    if value and not value.startswith("/"):
+        raise mistake(f"{value!r} is no directory (expected a path from / on, or '' for none)")
+    return value
+
+
 # The types of the file's values: what reads them, and what an editor is told of them (`conntrackd schema`).
 class OneOrMany:
     """Lets one value stand for a list of one, and says so in the schema."""
@@ -314,6 +320,13 @@ class Reload(Section):
     """[reload]: what a new policy does to the connections that are there."""
 
     rejudge: bool = False
+
+
+class State(Section):
+    """[state]: what outlives the process."""
+
+    directory: Annotated[str, AfterValidator(_directory)] = "/var/lib/conntrackd"  # "": nothing does
+    snapshot: Time = 30_000  # ms; 0 = only when the daemon stops
 
 
 class Limit(Section):
@@ -472,6 +485,7 @@ class Config(Section):
     policy: Policy = Field(default_factory=Policy)
     exception: OnException = OnException()
     reload: Reload = Reload()
+    state: State = State()
     rule: Annotated[tuple[Rule, ...], Field(strict=False)] = ()
 
     _files: Files = PrivateAttr()

@@ -20,6 +20,16 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.set_defaults(func=run)
 
 
+def _snapshot(state: api.StateStatus | None) -> str:
+    if state is None:
+        return "snapshot none: no state directory is configured"
+    last = "none yet"
+    if state.age_seconds is not None:
+        last = f"{duration(state.age_seconds)} old, {state.flows} flows, {state.bytes} bytes"
+    failed = f"; {state.failed} failed, the last because: {state.error}" if state.error else ""
+    return f"snapshot {last}, in {state.directory}{failed}"
+
+
 def run(args: argparse.Namespace) -> int:
     """Show it; returns the exit code."""
     (row,) = api.request(api.socket_path(getattr(args, "socket", None)), "status")
@@ -46,6 +56,7 @@ def _show(status: api.Status) -> None:
     if status.trial_seconds is not None:
         trial = f"on trial: ends in {status.trial_seconds} s unless `conntrackd confirm` keeps it"
         print("  " + paint(trial, YELLOW))
+    print(_snapshot(status.state))
     print()
     table(("LIMIT", "USED", "OF", "FULL"), [_limit(limit) for limit in status.limits], _tint)
     print()

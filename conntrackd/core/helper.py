@@ -61,6 +61,14 @@ class Help:
         self.helper = helper
         self.expectations: list[Expect] = []  # the oldest first
 
+    def freeze(self) -> bytes:
+        """Write what it remembers, besides its expectations."""
+        return b""
+
+    def thaw(self, kept: bytes) -> bool:
+        """Remember what `freeze` wrote; False if it is not that. `kept` is input."""
+        return not kept
+
 
 @mypyc_attr(allow_interpreted_subclasses=True)
 class Helper:
@@ -82,6 +90,9 @@ class Helper:
 
     def expected(self, table: "Table", ct: "Conn", expect: Expect, now_ms: int) -> None:
         """Prepare a connection that fulfils an expectation of this helper [expectfn]."""
+
+    def restored(self, table: "Table", ct: "Conn") -> None:
+        """Enter what a connection with this helper keeps outside of it: it was there before a restart."""
 
     def destroy(self, table: "Table", ct: "Conn", now_ms: int) -> None:
         """Clean up after a connection with this helper, which has just left the table."""

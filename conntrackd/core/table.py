@@ -128,15 +128,22 @@ class Table:
     def insert(self, ct: Conn, now_ms: int) -> None:
         """Enter a connection under both tuples; its timeout, relative until now, starts to run."""
         assert not ct.status & (IPS_CONFIRMED | IPS_DYING)
-        orig, reply = zone_key(ct.zone, ct.orig), zone_key(ct.zone, ct.reply)
-        orig_shard, reply_shard = self.shard(orig), self.shard(reply)
-        assert orig not in orig_shard
-        assert reply not in reply_shard
         self.last_id += 1
         ct.id = self.last_id
         ct.status |= IPS_CONFIRMED
         ct.expires_ms += now_ms
         ct.seen_ms = now_ms
+        self.enter(ct, now_ms)
+        self.stats.insert += 1
+        if self.events.listeners:
+            self.notify(ct, IPCT_RELATED if ct.status & IPS_EXPECTED else IPCT_NEW, 0, now_ms)
+
+    def enter(self, ct: Conn, now_ms: int) -> None:
+        """Enter a connection that has all it needs: a new one, or one that was there before a restart."""
+        orig, reply = zone_key(ct.zone, ct.orig), zone_key(ct.zone, ct.reply)
+        orig_shard, reply_shard = self.shard(orig), self.shard(reply)
+        assert orig not in orig_shard
+        assert reply not in reply_shard
         orig_shard[orig] = ct
         reply_shard[reply] = ct
         self.count += 1
@@ -144,10 +151,7 @@ class Table:
             self.zone_counts[ct.zone] = self.zone_counts.get(ct.zone, 0) + 1
         if self.sysctl.max_per_source:
             self.count_source(ct, 1)
-        self.stats.insert += 1
         self.settle(ct, now_ms)
-        if self.events.listeners:
-            self.notify(ct, IPCT_RELATED if ct.status & IPS_EXPECTED else IPCT_NEW, 0, now_ms)
 
     def kill(self, ct: Conn, now_ms: int, reason: int = CLOSED_KILLED) -> None:
         """Take a connection out [nf_ct_kill], for a reason of const.CLOSED_*. One that is out already stays out."""

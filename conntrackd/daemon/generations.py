@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Final
 
 import msgspec
@@ -84,8 +85,18 @@ class Generations:
         self._deadline_ms = 0  # of the generation that is to be confirmed; 0: there is none
         self._sweep: Iterator[Conn] | None = None
         self.history = [_generation(1, "start", "conntrackd", config)]
+        self.fingerprint = fingerprint(config)
         self.set_links()
         self._set_timeouts(fw.ruleset)
+
+    def resume(self, number: int, config: str) -> None:
+        """Count on from the generation before a restart: it is still in force if its configuration is this one."""
+        same = config == self.fingerprint
+        self.number = number if same else number + 1
+        self._fw.ruleset.generation = self.history[-1].number = self.number
+        in_force = self.history[-1].config
+        if not same and in_force is not None:
+            self._begin_rejudging(in_force)
 
     # --- Commands -------------------------------------------------------------------------------------------------
 
@@ -241,8 +252,8 @@ class Generations:
         fw.revoked.clear()
         self.set_links()
         self.accept_on_error = config.exception.internal_error == "accept"
-        fw.rejudging = config.reload.rejudge
-        self._sweep = fw.net.table.connections() if fw.rejudging else None
+        self.fingerprint = fingerprint(config)
+        self._begin_rejudging(config)
         self._deadline_ms = self.now_ms + loading.confirm_ms if loading.confirm_ms else 0
         before.ended = "rolled back" if loading.how in ("rollback", "timer") else "replaced"
         for entry in self.history[:-1]:
@@ -276,7 +287,7 @@ class Generations:
     def set_links(self) -> None:
         """Tell the policy and the tracker which interfaces there are; to be called whenever they change."""
         ruleset, names = self._fw.ruleset, self._links.names
-        ruleset.set_links(names)
+        ruleset.set_links(self._links.absent | names)
         zones = {index: ruleset.conntrack_zones.get(ruleset.zone_of.get(index, NO_ZONE), 0) for index in names}
         self._fw.net.zones = {index: zone for index, zone in zones.items() if zone}
 
@@ -294,6 +305,10 @@ class Generations:
             if not found:
                 log.warning("timeouts_exhausted", rule=rule.name, limit=TIMEOUTS_MAX)
             rule.timeouts_number = found[0] if found else 0
+
+    def _begin_rejudging(self, config: Config) -> None:
+        self._fw.rejudging = config.reload.rejudge
+        self._sweep = self._fw.net.table.connections() if self._fw.rejudging else None
 
     def _rejudge(self) -> None:
         """Judge a few connections anew. Until all are, each is at its next packet, too (hooks.py)."""
@@ -315,6 +330,14 @@ def _outcome(loading: Loading) -> Iterator[api.Change | None]:
 
 def _generation(number: int, how: str, who: str, config: Config) -> Generation:
     return Generation(number, how, who, time.time(), config.files().files, len(config.rule), config)
+
+
+def fingerprint(config: Config) -> str:
+    """Tell configurations apart by their text."""
+    digest = sha256()
+    for file in config.files().files:
+        digest.update(len(file.text).to_bytes(8, "big") + file.text)
+    return digest.hexdigest()
 
 
 def _values(sysctl: Sysctl) -> list[int]:

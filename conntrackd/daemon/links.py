@@ -13,6 +13,8 @@ NLM_F_REQUEST_DUMP: Final = 0x301
 NLMSG_DONE: Final = 3
 IFA_F_SECONDARY: Final = 1
 BUFFER: Final = 1 << 16
+FIRST_ABSENT: Final = 1 << 30
+ABSENT_MAX: Final = 1024
 
 
 class Links:
@@ -27,10 +29,22 @@ class Links:
         # Listen first, look second: a change in between is seen twice rather than never.
         self.names = dict(socket.if_nameindex())
         self.broadcasts = self._read_broadcasts()
+        # Interfaces of restored connections that are not there, by numbers that no interface has.
+        self.absent: dict[int, str] = {}
 
     def fileno(self) -> int:
         """The descriptor that is readable after a change."""
         return self._socket.fileno()
+
+    def index(self, name: str) -> int:
+        """Find an interface by its name; one that is not there, or not yet, gets a number that stands for its name."""
+        for index, known in (*self.names.items(), *self.absent.items()):
+            if known == name:
+                return index
+        if len(self.absent) == ABSENT_MAX:
+            return FIRST_ABSENT - 1
+        self.absent[FIRST_ABSENT + len(self.absent)] = name
+        return FIRST_ABSENT + len(self.absent) - 1
 
     def read(self) -> bool:
         """Take in one message of changes, never waiting; return whether `names` is another than before."""
@@ -61,7 +75,7 @@ class Links:
 
     def interface(self, index: int) -> str | None:
         """Name an interface; one that is gone keeps its number, and 0, the router itself, has no name."""
-        return self.names.get(index, f"if{index}") if index else None
+        return (self.names.get(index) or self.absent.get(index) or f"if{index}") if index else None
 
     def _read_broadcasts(self) -> dict[bytes, bytes]:
         """Ask for all IPv4 addresses: the mask of the network of each that has a broadcast address."""

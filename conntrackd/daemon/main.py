@@ -40,6 +40,7 @@ from conntrackd.daemon.policyanswers import PolicyAnswers
 from conntrackd.daemon.queue import Queue, QueueError
 from conntrackd.daemon.rulesjob import RulesJob
 from conntrackd.daemon.simulate import SimulateError, Track, tracking
+from conntrackd.daemon.state import State
 from conntrackd.daemon.statusanswers import StatusAnswers
 from conntrackd.daemon.watch import TableWatch
 from conntrackd.hooks import Firewall
@@ -118,10 +119,12 @@ class Daemon:
         self._confirm = Queue(confirm_number, fw, mark, accept_on_error)
         queues = (self._track, self._confirm)
         self._answers = Answers(fw, self._links, queues, now_ms)
+        self._state = State(config, fw, self._links, self._generations, now_ms)
         self._flow_answers = FlowAnswers(fw, self._links)
         self._health = health = Health(fw, queues, self._generations, now_ms)
+        health.sources.append(self._state.problems)
         self._status_answers = StatusAnswers(
-            version("conntrackd"), fw, self._links, queues, self._generations, health, now_ms
+            version("conntrackd"), fw, self._links, queues, self._generations, health, self._state, now_ms
         )
         self._policy_answers = PolicyAnswers(fw, self._links)
         self._watch = TableWatch(self._net)
@@ -134,6 +137,9 @@ class Daemon:
     def open(self, socket_path: str) -> None:
         """Take hold of the control socket, the signals and the queues. Raises ControlError or QueueError."""
         self._control = Control(socket_path, self._selector, self._answer)
+        self._state.now_ms = self._generations.now_ms = monotonic_ms()
+        self._state.open()
+        self._state.restore()
         self._catch_signals()
         self._selector.register(self._links, selectors.EVENT_READ, self._on_links)
         # Packets come as soon as a queue is bound, so the queues are last; the confirming one is ready first.
@@ -171,7 +177,7 @@ class Daemon:
             self._stop = signal.SIGTERM
             return
         log.info("ready", queues=list(self._config.queue.numbers))
-        self._notify.ready(f"Generation 1 is in force, {len(self._config.rule)} rules")
+        self._notify.ready(f"Generation {self._fw.ruleset.generation} is in force, {len(self._config.rule)} rules")
 
     def _answer(self, asked: Asked) -> Iterator[msgspec.Struct | None] | None:
         parts = (self._answers, self._flow_answers, self._status_answers, self._policy_answers, self._generations)
@@ -228,6 +234,8 @@ class Daemon:
             wake_ms = min(gc_ms, tick_ms)
             if self._control.waits() or self._generations.busy():
                 wake_ms = min(wake_ms, now_ms + (0 if self._fw.rejudging else SOON_MS))
+            if self._state.busy():
+                wake_ms = min(wake_ms, now_ms + 1)
             ready = self._packets.poll(max(0, wake_ms - now_ms) / 1000)
             now_ms = self._read_clock()
             confirm_waits = track_waits = others_wait = False
@@ -253,6 +261,9 @@ class Daemon:
                 self._generations.now_ms = now_ms
                 self._generations.turn()
                 self._track.accept_on_error = self._confirm.accept_on_error = self._generations.accept_on_error
+            if self._state.busy():
+                self._state.now_ms = now_ms
+                self._state.turn()
             if self._control.waits():
                 self._set_time(now_ms)
                 self._control.resume()
@@ -269,6 +280,8 @@ class Daemon:
                 self._health.tick(now_ms)
                 self._generations.now_ms = now_ms
                 self._generations.tick()
+                self._state.now_ms = now_ms
+                self._state.tick()
                 self._notify.alive()
                 if now_ms >= status_ms:
                     packets = self._track.packets + self._confirm.packets
@@ -286,6 +299,11 @@ class Daemon:
         self._notify.stopping()
         self._leave_rules()
         self._drain()
+        # What comes from now on would have to wait for the disk: it is dropped, or passes by, as the rules say.
+        self._track.unbind()
+        self._confirm.unbind()
+        self._state.now_ms = self._read_clock()
+        self._state.last()
         return EXIT_FAILED if self._failed else EXIT_OK
 
     def _leave_rules(self) -> None:
@@ -312,6 +330,7 @@ class Daemon:
         """Let go of everything that `open` took hold of."""
         self._track.unbind()
         self._confirm.unbind()
+        self._state.close()
         if self._control is not None:
             self._control.close()
         signal.set_wakeup_fd(-1)

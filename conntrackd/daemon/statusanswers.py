@@ -11,6 +11,7 @@ from conntrackd.daemon.generations import Generations
 from conntrackd.daemon.health import Health, word
 from conntrackd.daemon.links import Links
 from conntrackd.daemon.queue import LATENCY_BOUNDS_US, KernelQueue, Queue, kernel_queues
+from conntrackd.daemon.state import State
 from conntrackd.hooks import Firewall
 
 NOTHING_KNOWN: Final = KernelQueue(portid=0, waiting=0, dropped_full=0, dropped_socket=0)
@@ -29,6 +30,7 @@ class StatusAnswers:
         queues: Sequence[Queue],
         generations: Generations,
         health: Health,
+        state: State,
         now_ms: int,
     ) -> None:
         self.now_ms = now_ms
@@ -38,6 +40,7 @@ class StatusAnswers:
         self._queues = queues
         self._generations = generations
         self._health = health
+        self._state = state
         self._started_ms = now_ms
 
     def rows(self, asked: Asked) -> Iterator[api.Status] | None:
@@ -71,6 +74,7 @@ class StatusAnswers:
                 api.Interface(index, name, zones.get(ruleset.zone_of.get(index, -1)))
                 for index, name in sorted(self._links.names.items())
             ],
+            state=self._state.status(),
         )
 
 

@@ -1,4 +1,5 @@
-"""No input raises in the header readers, conntrack_in or the hooks, nor breaks what tests/fuzz/invariants.py says.
+"""No input raises in the header readers, conntrack_in, the hooks or what reads a snapshot, nor breaks what
+tests/fuzz/invariants.py says.
 
     python -m tests.fuzz.run --seconds 60              all targets, one after the other
     python -m tests.fuzz.run --target hooks --corpus D keep what reaches new code in D/hooks, and begin there next time
@@ -20,8 +21,8 @@ NOT_INSTRUMENTED: Final = ["conntrackd.config", "conntrackd.tomlplaces"]  # no p
 HELPERS: Final = tuple(
     f"helper-{name}" for name in ("amanda", "broadcast", "ftp", "irc", "pptp", "sane", "sip-tcp", "sip-udp", "tftp")
 )
-TARGET_NAMES: Final = ("readers", "conntrack", "hooks", *HELPERS)
-SHARES: Final = {"readers": 3, "conntrack": 6, "hooks": 6, **dict.fromkeys(HELPERS, 1)}  # of the time
+TARGET_NAMES: Final = ("readers", "conntrack", "hooks", "snapshot", *HELPERS)
+SHARES: Final = {"readers": 3, "conntrack": 6, "hooks": 6, "snapshot": 3, **dict.fromkeys(HELPERS, 1)}  # of the time
 INPUT_MAX: Final = 4096  # bytes
 
 
@@ -38,6 +39,10 @@ def seeds(target: str) -> list[bytes]:
         from tests.fuzz.helpers import seeds as helper_seeds
 
         return helper_seeds(target)
+    if target == "snapshot":
+        from tests.fuzz.snapshots import seeds as snapshot_seeds
+
+        return snapshot_seeds()
     if target == "readers":
         return [packet for conversation in conversations() for _, packet in conversation]
     found = []

@@ -25,7 +25,7 @@ from conntrackd.hooks import Firewall, post_routing, pre_routing
 from conntrackd.policy.compile import compile as compile_ruleset
 from conntrackd.policy.ruleset import Ruleset
 from conntrackd.wire.ip import packet_length, transport
-from tests.fuzz import helpers
+from tests.fuzz import helpers, snapshots
 from tests.fuzz.invariants import check_answer, check_drops, check_mark, check_table
 
 PACKETS_MAX: Final = 64  # in one conversation
@@ -173,5 +173,6 @@ TARGETS: Final[dict[str, Callable[[bytes], None]]] = {
     "readers": readers,
     "conntrack": conntrack,
     "hooks": hooks,
+    "snapshot": snapshots.snapshot,
     **helpers.targets(),
 }

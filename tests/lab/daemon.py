@@ -77,7 +77,9 @@ class Daemon:
         self.write_config(config)
 
     def write_config(self, config: str) -> None:
-        """Replace the config file; a running daemon does not notice by itself."""
+        """Replace the config file; a running daemon does not notice by itself. Its state stays in the lab."""
+        if "[state]" not in config:
+            config += f'\n[state]\ndirectory = "{self.directory}/state"\n'
         self.config_path.write_text(config)
 
     def command(self, *arguments: str | Path) -> list[str]:

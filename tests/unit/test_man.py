@@ -14,7 +14,16 @@ PAGE = Path(__file__).parents[2] / "man" / "conntrackd.toml.5"
 
 def test_every_key_is_named() -> None:
     text = PAGE.read_text().replace("\\-", "-")
-    models = (config.Queue, config.Rules, config.Zone, config.Set, config.Policy, config.OnException, config.Reload)
+    models = (
+        config.Queue,
+        config.Rules,
+        config.Zone,
+        config.Set,
+        config.Policy,
+        config.OnException,
+        config.Reload,
+        config.State,
+    )
     for model in (*models, config.Limit, config.Rule, config.Config):
         for name, field in model.model_fields.items():
             assert re.search(rf"\b{field.alias or name}\b", text), f"the man page does not name {field.alias or name}"

@@ -18,6 +18,7 @@ from conntrackd.core.helpers.text import ipv6_at, is_digit
 from conntrackd.core.net import Conntrack
 from conntrackd.core.proto.tcp import MASK, before
 from conntrackd.core.tuples import source
+from conntrackd.wire.fields import u32
 
 LINES_REMEMBERED: Final = 2  # beginnings of lines, per side: a retransmission must be recognised
 
@@ -35,6 +36,19 @@ class FtpHelp(Help):
         super().__init__(helper)
         self.client_lines: list[int] = []
         self.server_lines: list[int] = []
+
+    def freeze(self) -> bytes:
+        """Write how many lines of the client there are, and where all begin."""
+        lines = self.client_lines + self.server_lines
+        return bytes((len(self.client_lines),)) + b"".join([seq.to_bytes(4, "big") for seq in lines])
+
+    def thaw(self, kept: bytes) -> bool:
+        """Remember what `freeze` wrote; False if it is not that."""
+        lines = [u32(kept, at) for at in range(1, len(kept) - 3, 4)]
+        if not kept or len(kept) != 1 + 4 * len(lines):
+            return False
+        self.client_lines, self.server_lines = lines[: kept[0]], lines[kept[0] :]
+        return max(len(self.client_lines), len(self.server_lines)) <= LINES_REMEMBERED
 
 
 class Ftp(Helper):

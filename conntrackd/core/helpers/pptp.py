@@ -19,6 +19,7 @@ from conntrackd.core.table import Table
 from conntrackd.core.tuples import destination, invert, source
 from conntrackd.wire.fields import u16, u32
 
+TUPLE: Final = 13  # IPv4 only
 CALL_TIMEOUT_MS: Final = 600_000
 CALL_STREAM_TIMEOUT_MS: Final = 18_000_000
 
@@ -72,6 +73,19 @@ class PptpHelp(Help):
         self.pns_call_id = b"\0\0"  # the client's
         self.pac_call_id = b"\0\0"  # the server's
         self.keymap: list[bytes] = []  # what of Table.gre_keymap is this session's
+
+    def freeze(self) -> bytes:
+        """Write the states, the ids, and the tuples of the call if there is one."""
+        return bytes((self.session, self.call)) + self.pns_call_id + self.pac_call_id + b"".join(self.keymap)
+
+    def thaw(self, kept: bytes) -> bool:
+        """Remember what `freeze` wrote; False if it is not that."""
+        if len(kept) not in (6, 6 + 2 * TUPLE) or kept[0] > SESSION_CONFIRMED or kept[1] > CALL_CLEAR_REQ:
+            return False
+        self.session, self.call = kept[0], kept[1]
+        self.pns_call_id, self.pac_call_id = kept[2:4], kept[4:6]
+        self.keymap = [kept[at : at + TUPLE] for at in range(6, len(kept), TUPLE)]
+        return True
 
 
 class Pptp(Helper):
@@ -140,6 +154,13 @@ class Pptp(Helper):
         other = table.expectations.find(invert(expect.tuple), ct.zone, now_ms)
         if other is not None:
             table.expectations.unlink(other)
+
+    def restored(self, table: Table, ct: Conn) -> None:
+        """Complete the packets of its call again."""
+        info = ct.help
+        assert isinstance(info, PptpHelp)
+        for key in info.keymap:
+            table.gre_keymap[without_own_id(key)] = key
 
     def destroy(self, table: Table, ct: Conn, now_ms: int) -> None:
         """End the call with its session."""

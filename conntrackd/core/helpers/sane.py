@@ -23,6 +23,15 @@ class SaneHelp(Help):
         super().__init__(helper)
         self.start_requested = False
 
+    def freeze(self) -> bytes:
+        """Write it as one byte."""
+        return b"\1" if self.start_requested else b"\0"
+
+    def thaw(self, kept: bytes) -> bool:
+        """Remember what `freeze` wrote; False if it is not that."""
+        self.start_requested = kept == b"\1"
+        return len(kept) == 1
+
 
 class Sane(Helper):
     """The helper "sane"."""

@@ -24,6 +24,7 @@ from conntrackd.core.helper import Help, Helper, Message, Policy
 from conntrackd.core.helpers.text import ULONG, ipv4_at, ipv6_at, is_alpha, is_digit, number_at
 from conntrackd.core.net import Conntrack
 from conntrackd.core.tuples import destination, source
+from conntrackd.wire.fields import u32
 
 MASTER_TIMEOUT_MS: Final = 3_600_000
 PORT: Final = 5060
@@ -50,6 +51,17 @@ class SipHelp(Help):
         super().__init__(helper)
         self.register_cseq = 0
         self.invite_cseq = 0
+
+    def freeze(self) -> bytes:
+        """Write both."""
+        return self.register_cseq.to_bytes(4, "big") + self.invite_cseq.to_bytes(4, "big")
+
+    def thaw(self, kept: bytes) -> bool:
+        """Remember what `freeze` wrote; False if it is not that."""
+        if len(kept) != 8:
+            return False
+        self.register_cseq, self.invite_cseq = u32(kept, 0), u32(kept, 4)
+        return True
 
 
 class Sip(Helper):
