@@ -31,7 +31,8 @@ def test_a_stop_and_a_start_break_no_connection(net: Network, fw: Daemon, family
     assert fw.stop() == 0
     fw.start()
     after = fw.flow("tcp", dport=7)
-    assert {**after, "timeout_seconds": 0, "age_seconds": 0} == {**before, "timeout_seconds": 0, "age_seconds": 0}
+    moving = ("timeout_seconds", "age_seconds", "idle_seconds")
+    assert {k: v for k, v in after.items() if k not in moving} == {k: v for k, v in before.items() if k not in moving}
     talk(far, near, b"from outside")
     assert fw.flow("tcp", dport=7)["reply"]["packets"] > before["reply"]["packets"]
     assert fw.status()["state"]["restored"] >= 1
