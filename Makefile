@@ -70,7 +70,7 @@ profile: compile $(BENCH) ## where the time of conntrackd goes (WORK=udp|full|co
 	    $(if $(SECONDS),--seconds $(SECONDS)) $(if $(OUT),--out $(OUT))
 
 # Unpacked, not installed: installing a server starts it.
-servers: $(SERVERS) ## the FTP and TFTP servers that tests run in their own networks, in build/servers
+servers: $(SERVERS) ## the FTP and TFTP servers and the munin plugin that tests run in their own networks, in build/servers
 $(SERVERS): requirements/debian-servers.txt
 	@echo "Unpacking Debian packages:" $$(cat $<)
 	@rm -rf build/servers && mkdir -p build/servers

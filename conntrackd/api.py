@@ -80,6 +80,7 @@ class Direction(msgspec.Struct, kw_only=True):
     id: int | UnsetType = UNSET
     srckey: int | UnsetType = UNSET  # GRE, as the one below
     dstkey: int | UnsetType = UNSET
+    vtag: int | UnsetType = UNSET  # SCTP: the verification tag of its packets; 0 until it is known
     packets: int
     bytes: int  # from the IP header on
 

@@ -32,6 +32,7 @@ COMMANDS = {
     "confirm": "keep the policy that is on trial",
     "rollback": "put the policy before this one in force again",
     "history": "list the generations of the policy, or print the files of one",
+    "ct": "speak conntrack(8): its options and its output, for existing scripts",
     "schema": "print the JSON Schema of the configuration, for editors",
 }
 

@@ -48,6 +48,10 @@ WITH_PORTS: Final = (IPPROTO_TCP, IPPROTO_UDP, IPPROTO_SCTP, IPPROTO_UDPLITE)
 def flow(net: Conntrack, ct: Conn, now_ms: int, interface: Callable[[int], str | None]) -> api.Flow:
     """Describe a connection as it is now."""
     labels = net.table.labels.get(ct.id, 0)
+    orig = api.Direction(**ends(ct.orig), packets=ct.packets_orig, bytes=ct.bytes_orig)
+    reply = api.Direction(**ends(ct.reply), packets=ct.packets_reply, bytes=ct.bytes_reply)
+    if isinstance(ct, SctpConn):
+        orig.vtag, reply.vtag = ct.vtag
     return api.Flow(
         id=ct.id,
         family=family(ct.orig),
@@ -58,8 +62,8 @@ def flow(net: Conntrack, ct: Conn, now_ms: int, interface: Callable[[int], str |
         status=status_names(ct.status),
         timeout_seconds=max(0, (ct.expires_ms - now_ms) // 1000),
         age_seconds=(now_ms - ct.created_ms) // 1000,
-        orig=api.Direction(**ends(ct.orig), packets=ct.packets_orig, bytes=ct.bytes_orig),
-        reply=api.Direction(**ends(ct.reply), packets=ct.packets_reply, bytes=ct.bytes_reply),
+        orig=orig,
+        reply=reply,
         mark=ct.mark,
         helper=ct.help.helper.name if ct.help is not None else None,
         master=ct.master.id if ct.master is not None else None,

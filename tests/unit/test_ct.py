@@ -1,0 +1,187 @@
+"""`conntrackd ct`: what it asks of the daemon, and what it says itself. The formats are in test_ctformat.py."""
+
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from conntrackd import api
+from conntrackd.daemon.control import QUIET, Asked
+from tests.unit.served import served
+from tests.unit.test_cli import CONNTRACKD, conntrackd, flow, ping
+
+TRANSLATED = flow(
+    3, reply=api.Direction(src="192.0.2.80", dst="198.51.100.1", sport=80, dport=61000, packets=0, bytes=0)
+)
+LABELLED = flow(4, labels=f"{0b1010:032x}")
+FLOWS = [flow(1), ping(), TRANSLATED, LABELLED]
+
+
+class Daemon:
+    """Answers with FLOWS whatever the filter is, and remembers what it was asked."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = str(path)
+        self.asked: list[tuple[str, str]] = []
+        self.flows = FLOWS
+
+    def answer(self, asked: Asked) -> Iterator[msgspec.Struct] | None:
+        self.asked.append((asked.command, asked.args.get("filter", "")))
+        if asked.command == "flows":
+            return iter(self.flows)
+        if asked.command == "kill":
+            text = asked.args["filter"]
+            ids = {int(word) for word in text.removeprefix("id ").split(",")} if text.startswith("id ") else None
+            return iter([each for each in self.flows if ids is None or each.id in ids])
+        if asked.command == "events":
+            lost = api.Lost(count=7)
+            event = api.Event(type="NEW", time="2026-01-02T03:04:05.678+00:00", changes=[], reason=None, flow=flow(1))
+            return iter([lost, event, QUIET])
+        return None
+
+    def ct(self, *words: str) -> tuple[int, list[str], str]:
+        self.asked.clear()
+        done = conntrackd("ct", *words, "--socket", self.path)
+        return done.returncode, done.stdout.splitlines(), done.stderr
+
+
+@pytest.fixture
+def daemon(tmp_path: Path) -> Iterator[Daemon]:
+    this = Daemon(tmp_path / "s")
+    with served(tmp_path / "s", this.answer):
+        yield this
+
+
+@pytest.mark.parametrize(
+    ("words", "filter_"),
+    [
+        ("-L", ""),
+        ("-L -p tcp --dport 443 --state ESTABLISHED", "proto 6 and dst port 443 and state ESTABLISHED"),
+        ("-L -s 10.0.0.5 -d 192.0.2.0/24 -f ipv4", "ipv4 and src host 10.0.0.5 and dst net 192.0.2.0/24"),
+        ("-L -s 10.0.0.77/8", "ipv4 and src net 10.0.0.0/8"),
+        ("-L -r fd00::80 -q fd00::5", "ipv6 and reply src host fd00::80 and reply dst host fd00::5"),
+        ("-L -u ASSURED,!EXPECTED -m 0x10/0xff", "status ASSURED and not status EXPECTED and mark 16/255"),
+        ("-L -u UNREPLIED -w 7 -i 3", "unreplied and zone 7 and id 3"),
+        ("-L -p udp --reply-port-src 53 --reply-port-dst 010", "proto 17 and reply src port 53 and reply dst port 8"),
+    ],
+)
+def test_what_the_daemon_can_choose_it_is_asked_to(daemon: Daemon, words: str, filter_: str) -> None:
+    code, lines, said = daemon.ct(*words.split())
+    assert (code, daemon.asked, len(lines)) == (0, [("flows", filter_)], len(FLOWS))
+    assert said == f"conntrack v1.4.7 (conntrack-tools): {len(FLOWS)} flow entries have been shown.\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "ids"),
+    [
+        ("-n", [3]),
+        ("-j", [3]),
+        ("-g", []),
+        ("--src-nat 198.51.100.1", [3]),
+        ("-n 198.51.100.1:61000", [3]),
+        ("-n 198.51.100.1:61001", []),
+        ("-n 198.51.100.2", []),
+        ("-n [fd00::1]:61000", []),
+        ("-p icmpv6 --icmpv6-type 128", [2]),
+        ("-p icmpv6 --icmpv6-id 8", []),
+        ("-l web", [4]),
+        ("-l web,vpn", [4]),
+        ("-l web -l mail", []),
+        ("-s 10.9.0.5 --mask-src 255.0.255.255", [1, 3, 4]),
+        ("-m 3/1", []),
+    ],
+)
+def test_the_rest_is_chosen_here(daemon: Daemon, words: str, ids: list[int], tmp_path: Path) -> None:
+    (tmp_path / "labels").write_text("1 web\n2 mail\n3 vpn\n")
+    if words.startswith("-s"):
+        daemon.flows = [each for each in FLOWS if each.family == "ipv4"]  # the filter says so
+    options = ("-L", *words.split(), "-o", "id", "--labelmap", str(tmp_path / "labels"))
+    _, lines, _ = daemon.ct(*options)
+    assert [int(line.rpartition("id=")[2]) for line in lines] == ids
+
+
+def test_deletion_asks_the_daemon_once_where_it_can(daemon: Daemon) -> None:
+    code, lines, said = daemon.ct("-D", "-s", "10.0.0.5")
+    assert (code, daemon.asked, len(lines)) == (0, [("kill", "ipv4 and src host 10.0.0.5")], len(FLOWS))
+    assert said == "conntrack v1.4.7 (conntrack-tools): 4 flow entries have been deleted.\n"
+    assert daemon.ct("-D")[0] == 0
+    assert daemon.asked == [("kill", "all")]
+    assert daemon.ct("-F", "-f", "ipv6") == (
+        0, [], "conntrack v1.4.7 (conntrack-tools): connection tracking table has been emptied.\n",
+    )  # fmt: skip
+    assert daemon.asked == [("kill", "ipv6")]
+
+
+def test_deletion_of_what_a_filter_can_not_say_goes_by_number(daemon: Daemon) -> None:
+    assert daemon.ct("-D", "-n")[:2][0] == 0
+    assert daemon.asked == [("flows", ""), ("kill", "id 3")]
+    assert daemon.ct("-D", "-g") == (1, [], "conntrack v1.4.7 (conntrack-tools): 0 flow entries have been deleted.\n")
+    assert daemon.asked == [("flows", "")]
+    # As many at a time as a filter may name.
+    daemon.flows = [msgspec.structs.replace(TRANSLATED, id=number) for number in range(1, 1001)]
+    code, lines, _ = daemon.ct("-D", "-n")
+    assert (code, len(lines)) == (0, 1000)
+    assert [command for command, _ in daemon.asked] == ["flows", "kill", "kill", "kill", "kill"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_events_until_a_signal_and_what_was_lost(daemon: Daemon, number: signal.Signals) -> None:
+    words = [str(CONNTRACKD), "ct", "-E", "-e", "NEW", "-o", "xml", "-p", "tcp", "--socket", daemon.path]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        head = [process.stdout.readline() for _ in range(3)]
+        process.send_signal(number)
+        rest, said = process.communicate(timeout=60)
+    assert daemon.asked == [("events", "proto 6")]
+    assert head[1] == "<conntrack>\n"
+    assert head[2].startswith('<flow type="new"><meta direction="original">')
+    assert (process.returncode, rest) == (0, "</conntrack>\n")
+    assert said.splitlines() == [
+        "WARNING: 7 events are missing here: they came faster than they were read",
+        "conntrack v1.4.7 (conntrack-tools): 1 flow events have been shown.",
+    ]
+
+
+@pytest.mark.parametrize("option", ["-I", "-A", "-U", "-R -", "-L -z", "-L -t 5", "-L -c 1", "-L --orig-zone 1"])
+def test_what_is_not_for_us_is_refused_with_a_reason(daemon: Daemon, option: str) -> None:
+    code, lines, said = daemon.ct(*option.split())
+    assert (code, lines, daemon.asked) == (2, [], [])
+    assert "is not for conntrackd: " in said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("-s 10.0.0.1", "You need to supply a command: -L, -G, -D, -E, -C, -S or -F"),
+        ("-F -s 10.0.0.1", "Illegal option `--src' with this command"),
+        ("-L dying", "`dying' is not listed: a connection is shown from its confirmation to its end"),
+        ("-F expect", "Can't do --flush on expectations"),
+        ("-L --dport 53", "`--dport' needs `-p tcp|udp|udplite|sctp'"),
+        ("-D -p icmp --dport 53", "`--dport' needs `-p tcp|udp|udplite|sctp'"),
+        ("-L -p tcp --dport 65536", "Invalid port `65536'"),
+        ("-L -m x", "Invalid mark `x'"),
+        ("-L -l nothing", "unknown label 'nothing'"),
+        ("-L -o save,id", "cannot combine save output with any other output type, use -o save only"),
+        ("-L expect -o xml", "expectations have one format only: no -o with them"),
+    ],
+)
+def test_wrong_options_change_nothing(daemon: Daemon, words: str, sentence: str) -> None:
+    code, lines, said = daemon.ct(*words.split())
+    assert (code, lines, daemon.asked) == (2, [], [])
+    assert f"conntrack v1.4.7 (conntrack-tools): {sentence}" in said.splitlines()
+    assert said.splitlines()[-1] == "Try `conntrackd ct --help' for more information."
+
+
+def test_no_option_at_all_shows_the_help(daemon: Daemon) -> None:
+    code, lines, said = daemon.ct()
+    assert (code, said) == (0, "")
+    assert lines[0].startswith("usage: conntrackd ct -L|-G|-D|-E|-C|-S|-F ")
+
+
+def test_not_running(tmp_path: Path) -> None:
+    done = conntrackd("ct", "-L", "--socket", str(tmp_path / "none"))
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "not running" in done.stderr
