@@ -6,7 +6,7 @@ same connection would carry, for that decides what is printed; each format is on
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import datetime
 from ipaddress import IPv6Network, ip_address, ip_network
 from typing import Final, NamedTuple
@@ -245,6 +245,20 @@ def xml(message: Message, show: Show) -> str:
         + _element("helper", message.helper)
         + "</flow>"
     )
+
+
+def lines(flows: Iterable[api.Flow], output: str, now: float) -> Iterator[str]:
+    """Write connections as conntrack, extended, save or xml; xml is a whole document, even of none."""
+    show = Show(extended=output == "extended")
+    if output == "xml":
+        yield XML_HEAD
+    for message in (of_flow(flow, now) for flow in flows):
+        if output == "xml":
+            yield xml(message, show)
+        else:
+            yield save(message) if output == "save" else text(message, show)
+    if output == "xml":
+        yield XML_END
 
 
 def _element(name: str, value: object) -> str:

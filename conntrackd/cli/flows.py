@@ -22,13 +22,14 @@ WRITERS: dict[str, Callable[[Iterator[bytes]], None]] = {
     "json": json_array,
     "jsonl": json_lines,
 }
+CONNTRACK = ("conntrack", "extended", "save", "xml")  # the formats of conntrack(8)
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     """Add the sub-command."""
     parser = subparsers.add_parser("flows", help="list the connections")
     add_filter(parser)
-    parser.add_argument("-o", "--output", choices=["table", *WRITERS], default="table")
+    parser.add_argument("-o", "--output", choices=["table", *WRITERS, *CONNTRACK], default="table")
     parser.add_argument(
         "--sort",
         choices=list(dict.fromkeys((*flowtable.SORTS, *flowtable.GROUP_SORTS))),
@@ -54,11 +55,18 @@ def run(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error("argument --watch: shows a table; for programs, use `conntrackd events`")
     if args.expected and (args.filter or args.by or args.sort):
         parser.error("argument --expected: goes without a filter, --sort and --by")
+    if args.output in CONNTRACK and (args.expected or args.by):
+        parser.error(f"argument -o: {args.output} is a format for connections: it goes without --expected and --by")
     text = filter_of(args)
     if args.watch is not None:
         _watch(args, text)
     elif args.output == "table":
         for line in _lines(args, text):
+            print(line)
+    elif args.output in CONNTRACK:
+        from conntrackd.cli import ctformat  # takes time to load
+
+        for line in ctformat.lines(flowtable.decoded(_rows(args, text)), args.output, time.time()):
             print(line)
     else:
         WRITERS[args.output](_rows(args, text))

@@ -127,7 +127,7 @@ def test_refused_by_the_daemon(control: str) -> None:
     assert done.stderr == "The daemon knows no command 'stats'.\n"
 
 
-@pytest.mark.parametrize("words", [(), ("fly",), ("flows", "-o", "xml"), ("rules", "flush")])
+@pytest.mark.parametrize("words", [(), ("fly",), ("flows", "-o", "yaml"), ("rules", "flush")])
 def test_usage(words: tuple[str, ...]) -> None:
     done = conntrackd(*words)
     assert done.returncode == 2

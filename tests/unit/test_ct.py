@@ -185,3 +185,22 @@ def test_not_running(tmp_path: Path) -> None:
     done = conntrackd("ct", "-L", "--socket", str(tmp_path / "none"))
     assert (done.returncode, done.stdout) == (3, "")
     assert "not running" in done.stderr
+
+
+def test_flows_speaks_the_same_formats(daemon: Daemon) -> None:
+    for output, option in (
+        ("conntrack", []),
+        ("extended", ["-o", "extended"]),
+        ("save", ["-o", "save"]),
+        ("xml", ["-o", "xml"]),
+    ):
+        _, lines, _ = daemon.ct("-L", *option)
+        done = conntrackd("flows", "-o", output, "tcp", "and", "src", "port", "1", "--socket", daemon.path)
+        assert (done.stdout.splitlines(), done.returncode, done.stderr) == (lines, 0, "")
+        assert daemon.asked[-1] == ("flows", "tcp and src port 1")
+    daemon.flows = []
+    empty = conntrackd("flows", "-o", "xml", "--socket", daemon.path)
+    assert empty.stdout == '<?xml version="1.0" encoding="utf-8"?>\n<conntrack>\n</conntrack>\n'
+    assert daemon.ct("-L", "-o", "xml")[1] == []  # as the tool
+    for words in ("--expected",), ("--by", "src"):
+        assert conntrackd("flows", "-o", "save", *words, "--socket", daemon.path).returncode == 2
