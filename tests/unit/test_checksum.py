@@ -1,9 +1,11 @@
+import random
+
 import pytest
 from scapy.layers.inet import ICMP, IP, TCP, UDP
 from scapy.layers.inet6 import ICMPv6EchoRequest, IPv6
 from scapy.layers.sctp import SCTP, SCTPChunkInit
 
-from conntrackd.wire.checksum import checksum_ok, sctp_checksum_ok
+from conntrackd.wire.checksum import checksum_ok, long_sum, sctp_checksum_ok, word_sum
 
 # Checksums of another author's making; odd and even lengths.
 PACKETS = [
@@ -23,6 +25,16 @@ def test_right_checksum_is_right_and_any_changed_byte_breaks_it(packet: IP, data
     for at in range(dataoff, len(data)):
         broken = data[:at] + bytes((data[at] ^ 0x10,)) + data[at + 1 :]
         assert not checksum_ok(broken, dataoff, len(data), length, protonum)
+
+
+def test_words_and_one_long_number_give_the_same_sum() -> None:
+    """One of them counts compiled, the other in the interpreter: every length and place of a packet."""
+    rng = random.Random(1071)
+    for _ in range(2000):
+        data = rng.randbytes(rng.randrange(200)) + b"\xff" * rng.randrange(20)
+        start = rng.randrange(len(data) + 1)
+        end = rng.randrange(start, len(data) + 1)
+        assert word_sum(data, start, end) % 0xFFFF == long_sum(data, start, end) % 0xFFFF
 
 
 def test_addresses_are_covered_but_not_those_of_icmp_over_ipv4() -> None:
