@@ -60,7 +60,7 @@ STATUS_MS: Final = 5000  # how often the service manager is told how we are
 # that it wakes up for several at once: as a network card does with its interrupts.
 RATE_MS: Final = 10
 COALESCE_RATE: Final = 20  # packets per millisecond
-COALESCE_S: Final = 50e-6
+COALESCE_S: Final = 100e-6
 SOON_MS: Final = 5  # while something is under way beside the packets
 DRAIN_MS: Final = 1000  # how long a stopping daemon gives verdicts to what already waits
 
