@@ -5,6 +5,7 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 BENCH  := $(VENV)/.installed-bench
 SERVERS := build/servers/.done
+TOOLS  := $(VENV)/.installed-tools
 
 .DEFAULT_GOAL := help
 .PHONY: help setup servers compile demo bench bench-policy bench-table profile test test-unit test-compiled test-differential fuzz check lock clean
@@ -78,7 +79,12 @@ $(SERVERS): requirements/debian-servers.txt
 	@cd build/servers && apt-get download -qq $$(cat ../../$<) 2>/dev/null && for p in *.deb; do dpkg -x $$p . && rm $$p; done
 	@touch $@
 
-test: setup $(BENCH) $(SERVERS) ## all tests
+# What tests run besides: shells that complete our command line, programs that read what we write.
+$(TOOLS): $(STAMP) requirements/debian-tools.txt
+	@$(call debian,requirements/debian-tools.txt)
+	@touch $@
+
+test: setup $(BENCH) $(SERVERS) $(TOOLS) ## all tests
 	$(BIN)/pytest -q tests
 
 test-differential: setup ## the core against the live kernel, packet by packet, for ten minutes (SECONDS=600)
@@ -88,7 +94,7 @@ fuzz: setup ## look for packets that break the tracker (SECONDS=60; CORPUS=folde
 	$(BIN)/python -m tests.fuzz.run --seconds $(or $(SECONDS),60) $(if $(CORPUS),--corpus $(CORPUS))
 
 # --import-mode=append: the compiled package comes before the checkout.
-test-compiled: compile $(BENCH) $(SERVERS) ## unit, property and network tests with the packet path compiled
+test-compiled: compile $(BENCH) $(SERVERS) $(TOOLS) ## unit, property and network tests with the packet path compiled
 	PYTHONPATH=build/compiled CONNTRACKD_EXPECT=compiled $(BIN)/pytest -q --import-mode=append tests/unit tests/property tests/netns
 
 check: setup ## style, types, import layers

@@ -2,7 +2,6 @@
 
 import os
 import sys
-from importlib.abc import MetaPathFinder
 from importlib.machinery import FileFinder, ModuleSpec, SourceFileLoader
 from typing import TYPE_CHECKING
 
@@ -11,7 +10,7 @@ if TYPE_CHECKING:
     from types import ModuleType
 
 
-class _PureFinder(MetaPathFinder):
+class _PureFinder:
     """Finds the Python source of our modules where a compiled one stands beside it."""
 
     def find_spec(

@@ -3,9 +3,10 @@
 A Unix stream socket that carries lines of JSON. A request is one line, `{"v":1,"command":"flows"}`. The
 answer is a head, `{"v":1,"ok":true}` or `{"v":1,"ok":false,"error":"a sentence"}`; after a good head come
 the rows of the answer, a line each, then `{"end":true,"count":N}`; then the daemon closes. Commands: status
-and stats (one row each), flows, flow, count, kill, drops, and events, whose rows come when something happens, until the
-client closes; of the policy: rules, explain, set, config and history; and reload, apply, confirm and rollback, which
-answer when it is done. A request may have arguments, `"args":{...}`: the structs here whose names end in Args.
+and stats (one row each), flows, flow, count, kill, drops; events and trace, whose rows come when something happens,
+until the client closes; of the policy: rules, explain, set, config and history; and reload, apply, confirm and
+rollback, which answer when it is done. A request may have arguments, `"args":{...}`: the structs here whose names end
+in Args.
 """
 
 import os
@@ -23,6 +24,7 @@ VERSION: Final = 1
 DEFAULT_SOCKET: Final = "/run/conntrackd/control.sock"
 TIMEOUT_S: Final = 30.0
 CHUNK: Final = 1 << 16
+DROPS_KEPT: Final = 1024  # the most that `drops` can list (hooks.DROPS_MAX)
 END_MARK: Final = b'{"end":true'
 
 
@@ -60,6 +62,20 @@ class KillArgs(msgspec.Struct, forbid_unknown_fields=True):
 
     filter: str
     dry_run: bool = False
+
+
+class DropArgs(msgspec.Struct, forbid_unknown_fields=True):
+    """The arguments of `drops`: which packets, by the connections they would have begun, and since when; 0: ever."""
+
+    filter: str = ""
+    last_ms: int = 0
+
+
+class TraceArgs(msgspec.Struct, forbid_unknown_fields=True):
+    """The arguments of `trace`: which packets, by the connections they belong to, and whether their bytes too."""
+
+    filter: str = ""
+    bytes: bool = False
 
 
 class FlowArgs(msgspec.Struct, forbid_unknown_fields=True):
@@ -221,6 +237,75 @@ class Drop(msgspec.Struct, rename={"in_": "in"}, kw_only=True):
     dstkey: int | UnsetType = UNSET
     in_: str | None  # null: the router itself
     out: str | None  # null: the router itself, or not known where the packet was dropped
+
+
+class DropGroup(msgspec.Struct):
+    """Drops that have something in common (`drops --by`)."""
+
+    by: str  # src, dst, dport, protocol, rule, reason, in, out
+    key: str | None
+    count: int
+    last: str  # RFC 3339, UTC
+    reasons: dict[str, int]
+
+
+class TraceBegin(msgspec.Struct, kw_only=True):
+    """The first row of a trace: it has begun, and these are its limits."""
+
+    type: str = "BEGIN"
+    steps_per_second: int
+    packets_per_second: int  # that are compared with the filter
+
+
+class TraceLost(msgspec.Struct, kw_only=True):
+    """What is missing at this place of a trace."""
+
+    type: str = "LOST"
+    steps: int  # more in a second than are told, or than the client took
+    packets: int  # that nobody compared with the filter: more in a second than a trace may look at
+
+
+class Packet(msgspec.Struct, kw_only=True):
+    """What a packet is, as far as its tuple says."""
+
+    family: str
+    protocol: str
+    protonum: int
+    src: str
+    dst: str
+    sport: int | UnsetType = UNSET
+    dport: int | UnsetType = UNSET
+    type: int | UnsetType = UNSET
+    code: int | UnsetType = UNSET
+    id: int | UnsetType = UNSET
+    srckey: int | UnsetType = UNSET
+    dstkey: int | UnsetType = UNSET
+
+
+class TraceStep(msgspec.Struct, rename={"in_": "in", "class_": "class"}, kw_only=True):
+    """What a hook made of a packet."""
+
+    type: str = "STEP"
+    time: str  # RFC 3339, UTC
+    hook: str  # PREROUTING, OUTPUT, POSTROUTING, INPUT
+    packet: Packet | None  # null: it had no tuple that could be read
+    in_: str | None  # null: the router itself
+    out: str | None  # null: the router itself, or not known yet
+    length: int  # from the IP header on
+    zone: int
+    flow: int | None  # id of its connection, once that is confirmed
+    class_: str | None  # NEW, ESTABLISHED, RELATED, INVALID, UNTRACKED; null: dropped before it had one
+    ctinfo: str | None  # what the tracker counted it as, why it is INVALID; null: tracked at a hook before
+    state_before: str | None  # of the connection; null: there was none, or its protocol has none
+    state: str | None
+    status_before: list[str]
+    status: list[str]
+    rule: str | None  # null: no rule decided here
+    verdict: str  # accept, drop; failed: our own code did, and the verdict is the configured one
+    reason: str | None  # of a drop
+    mark_before: int
+    mark: int
+    data: bytes | UnsetType = UNSET  # its first 2048 bytes, base64; where they were asked for
 
 
 class QueueStatus(msgspec.Struct):

@@ -1,7 +1,6 @@
 """`conntrackd events`: what happens to connections, as it happens."""
 
 import argparse
-import re
 import sys
 from collections.abc import Iterator
 
@@ -10,9 +9,9 @@ import msgspec
 from conntrackd import api
 from conntrackd.cli.filterwords import add_filter, filter_of
 from conntrackd.cli.output import EXIT_OK, endpoint, remark
+from conntrackd.cli.times import seconds
 
 LOST = b'{"type":"LOST"'
-UNITS = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -22,7 +21,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "-o", "--output", choices=["table", "json", "jsonl"], default="table", help="json, jsonl: an object per line"
     )
-    parser.add_argument("--for", dest="seconds", metavar="TIME", type=_time, help="end after TIME, as 30s or 5m")
+    parser.add_argument("--for", dest="seconds", metavar="TIME", type=seconds, help="end after TIME, as 30s or 5m")
     parser.set_defaults(func=run)
 
 
@@ -70,10 +69,3 @@ def _lines(rows: Iterator[bytes]) -> Iterator[str]:
             )
             if word
         )
-
-
-def _time(text: str) -> float:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)(ms|s|m|h)?", text)
-    if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is no time (expected as 30s, 5m or 500ms)")
-    return float(found[1]) * UNITS[found[2] or ""]

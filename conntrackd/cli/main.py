@@ -24,6 +24,7 @@ COMMANDS = {
     "stats": "show the counters",
     "events": "follow what happens to connections",
     "drops": "list the packets dropped most recently, and why",
+    "trace": "follow packets through the hooks: connection, rule, verdict and reason",
     "explain": "say which rule decides about a packet, and why; nothing is sent",
     "set": "list the sets of addresses; add to one, or take out of one",
     "diff": "show what a configuration file would change; changes nothing",
@@ -33,6 +34,7 @@ COMMANDS = {
     "rollback": "put the policy before this one in force again",
     "history": "list the generations of the policy, or print the files of one",
     "ct": "speak conntrack(8): its options and its output, for existing scripts",
+    "completion": "print the script by which bash, zsh or fish completes this command line",
     "schema": "print the JSON Schema of the configuration, for editors",
 }
 

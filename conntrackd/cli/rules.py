@@ -4,7 +4,7 @@ import argparse
 
 import msgspec
 
-from conntrackd import api, config
+from conntrackd import api
 from conntrackd.cli.output import EXIT_FAILED, EXIT_OK, EXIT_USAGE, ago, json_array, remark, table
 
 
@@ -25,9 +25,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     parser.add_argument("--unused", action="store_true", help="hits: only rules that have decided nothing")
     parser.add_argument("-o", "--output", choices=["table", "json"], default="table", help="of hits")
-    parser.add_argument(
-        "--config", metavar="FILE", default=config.DEFAULT_FILE, help="configuration (default: %(default)s)"
-    )
+    parser.add_argument("--config", metavar="FILE", help="configuration (default: /etc/conntrackd/conntrackd.toml)")
     parser.set_defaults(func=run)
 
 
@@ -35,13 +33,14 @@ def run(args: argparse.Namespace) -> int:
     """Do it; returns the exit code."""
     if args.action == "hits":
         return _hits(args)
+    from conntrackd import config  # takes longer to load than `hits` may take to answer
     from conntrackd.daemon import rules
 
     try:
         if args.action == "remove":
             rules.remove()
             return EXIT_OK
-        checked = config.load(args.config)
+        checked = config.load(args.config or config.DEFAULT_FILE)
         if args.action == "show":
             print(rules.show(checked), end="")
         else:

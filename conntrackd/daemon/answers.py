@@ -1,4 +1,4 @@
-"""What the daemon says about itself, what helpers expect and what was dropped (api.py)."""
+"""What the daemon says about itself, and what helpers expect (api.py)."""
 
 from collections.abc import Iterator
 
@@ -30,8 +30,6 @@ class Answers:
             return self.expectations()
         if command == "stats":
             return iter([self.stats()])
-        if command == "drops":
-            return self.drops()
         return None
 
     def expectations(self) -> Iterator[api.Expectation]:
@@ -39,23 +37,6 @@ class Answers:
         for expect in list(self._fw.net.table.expectations.by_id.values()):
             if expect.expires_ms > self.now_ms:
                 yield flowrows.expectation(expect, self.now_ms)
-
-    def drops(self) -> Iterator[api.Drop]:
-        """List the recent drops, the oldest first."""
-        fw = self._fw
-        newest = fw.drops_next % len(fw.drops) if fw.drops else 0
-        for dropped_ms, reason, rule, key, iif, oif in fw.drops[newest:] + fw.drops[:newest]:
-            yield api.Drop(
-                time=flowrows.moment(dropped_ms, self.now_ms),
-                reason=reason,
-                rule=rule or None,
-                family=flowrows.family(key) if key else None,
-                protocol=flowrows.protocol(key[0]) if key else None,
-                protonum=key[0] if key else None,
-                **(flowrows.ends(key) if key else {"src": None, "dst": None}),
-                in_=self._links.interface(iif),
-                out=self._links.interface(oif),
-            )
 
     def stats(self) -> api.Stats:
         """Give all counters."""

@@ -29,6 +29,7 @@ from conntrackd.daemon import packetlog, rules
 from conntrackd.daemon.answerer import Answerer
 from conntrackd.daemon.answers import Answers
 from conntrackd.daemon.control import Asked, Control, ControlError
+from conntrackd.daemon.dropanswers import DropAnswers
 from conntrackd.daemon.flowanswers import FlowAnswers
 from conntrackd.daemon.generations import Generations
 from conntrackd.daemon.health import Health
@@ -42,6 +43,7 @@ from conntrackd.daemon.rulesjob import RulesJob
 from conntrackd.daemon.simulate import SimulateError, Track, tracking
 from conntrackd.daemon.state import State
 from conntrackd.daemon.statusanswers import StatusAnswers
+from conntrackd.daemon.trace import Tracing
 from conntrackd.daemon.watch import TableWatch
 from conntrackd.hooks import Firewall
 from conntrackd.policy.compile import compile as compile_ruleset
@@ -127,6 +129,17 @@ class Daemon:
             version("conntrackd"), fw, self._links, queues, self._generations, health, self._state, now_ms
         )
         self._policy_answers = PolicyAnswers(fw, self._links)
+        self._drop_answers = DropAnswers(fw, self._links)
+        self._tracing = Tracing(fw, mark, queues, self._links)
+        self._parts = (
+            self._answers,
+            self._flow_answers,
+            self._status_answers,
+            self._policy_answers,
+            self._drop_answers,
+            self._tracing,
+            self._generations,
+        )
         self._watch = TableWatch(self._net)
         self._control: Control | None = None
         # Packets come through `_packets`, all else through `_selector`, whose own descriptor is watched there too.
@@ -180,8 +193,7 @@ class Daemon:
         self._notify.ready(f"Generation {self._fw.ruleset.generation} is in force, {len(self._config.rule)} rules")
 
     def _answer(self, asked: Asked) -> Iterator[msgspec.Struct | None] | None:
-        parts = (self._answers, self._flow_answers, self._status_answers, self._policy_answers, self._generations)
-        for part in parts:
+        for part in self._parts:
             rows = part.rows(asked)
             if rows is not None:
                 return rows
@@ -207,7 +219,8 @@ class Daemon:
         """Tell what answers clients what time it is."""
         assert self._control is not None
         self._control.now_ms = self._answers.now_ms = self._flow_answers.now_ms = now_ms
-        self._status_answers.now_ms = self._policy_answers.now_ms = self._generations.now_ms = now_ms
+        self._status_answers.now_ms = self._policy_answers.now_ms = self._drop_answers.now_ms = now_ms
+        self._generations.now_ms = now_ms
 
     def _serve_others(self, now_ms: int) -> None:
         """Do what waits besides packets: clients, links, signals."""
@@ -269,8 +282,8 @@ class Daemon:
                 self._control.resume()
             if now_ms >= gc_ms:
                 gc_ms = gc(self._net, now_ms)
-            if self._net.events.seq != told_seq:
-                told_seq = self._net.events.seq
+            if self._net.events.seq + self._tracing.seq != told_seq:
+                told_seq = self._net.events.seq + self._tracing.seq
                 self._set_time(now_ms)
                 self._control.wake()
             if now_ms >= tick_ms:

@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import structlog
 from netfilterqueue import NetfilterQueue
@@ -44,6 +44,9 @@ from conntrackd.daemon.nfnetlink import (
 )
 from conntrackd.hooks import Firewall, post_routing, pre_routing
 from conntrackd.wire.fields import u32
+
+if TYPE_CHECKING:
+    from conntrackd.daemon.trace import Tracing
 
 COPY_RANGE: Final = 3900  # bytes of a packet: more would not fit NetfilterQueue's buffer if its loop ever ran
 MESSAGE_MAX: Final = 4352  # a packet and what the kernel says about it
@@ -105,6 +108,7 @@ class Queue:
         self._mark = mark
         self.accept_on_error = accept_on_error
         self._track = track
+        self.tracing: Tracing | None = None  # watches what becomes of packets, while somebody wants to know
         self._logged_ms = -LOG_PAUSE_MS
         self._unlogged = 0
         self._nfqueue: NetfilterQueue | None = None
@@ -232,11 +236,11 @@ class Queue:
 
         self.packets += 1
         try:
-            if hook == NF_INET_PRE_ROUTING or hook == NF_INET_LOCAL_OUT:
-                self._fw.checksum = info & NFQA_SKB_CSUM_NOTVERIFIED != 0
-                bits = self._track(self._fw, data, hook, iif, self.now_ms, mark)
+            self._fw.checksum = info & NFQA_SKB_CSUM_NOTVERIFIED != 0
+            if self.tracing is None:
+                bits = self.judge(data, hook, mark, iif, oif)
             else:
-                bits = post_routing(self._fw, data, self._mark.read(mark), hook, iif, oif, self.now_ms, mark)
+                bits = self.tracing.judge(self, data, hook, mark, iif, oif)
         except Exception:
             bits = self._failed(self._mark.read(mark))
         if bits == DROP:
@@ -245,6 +249,12 @@ class Queue:
         else:
             mark = mark & self._mark.keep | self._mark.lay[bits]
             self._verdicts.append(VERDICT.pack(self._head, NF_ACCEPT, packet_id, MARK_HEAD, mark))
+
+    def judge(self, data: bytes, hook: int, mark: int, iif: int, oif: int) -> int:
+        """Ask the hook that the packet is at: mark bits or DROP."""
+        if hook == NF_INET_PRE_ROUTING or hook == NF_INET_LOCAL_OUT:
+            return self._track(self._fw, data, hook, iif, self.now_ms, mark)
+        return post_routing(self._fw, data, self._mark.read(mark), hook, iif, oif, self.now_ms, mark)
 
     def _send(self) -> None:
         """Send the collected verdicts; the kernel carries them out before this returns."""

@@ -13,10 +13,12 @@ from conntrackd.core.net import Conntrack
 from conntrackd.core.sysctl import Sysctl
 from conntrackd.daemon.answers import Answers
 from conntrackd.daemon.control import MORE, Asked
+from conntrackd.daemon.dropanswers import DropAnswers
 from conntrackd.daemon.flowanswers import FlowAnswers
 from conntrackd.daemon.links import Links
 from conntrackd.daemon.mark import Mark
 from conntrackd.daemon.queue import Queue
+from conntrackd.daemon.trace import Tracing
 from conntrackd.hooks import Firewall, post_routing, pre_routing
 from conntrackd.policy.compile import compile as compile_ruleset
 from tests.unit import craft
@@ -49,8 +51,11 @@ class Lab:
         links.close()
         links.names = NAMES
         mark = Mark(checked.queue.mark_mask)
-        queues = (Queue(0, self.fw, mark, False), Queue(1, self.fw, mark, False))
-        self.answers = Answers(self.fw, links, queues, BEGIN)
+        self.queues = (Queue(0, self.fw, mark, False), Queue(1, self.fw, mark, False))
+        self.answers = Answers(self.fw, links, self.queues, BEGIN)
+        self.drop_answers = DropAnswers(self.fw, links)
+        self.drop_answers.now_ms = BEGIN
+        self.tracing = Tracing(self.fw, mark, self.queues, links)
         self.flow_answers = FlowAnswers(self.fw, links)
         self.flow_answers.now_ms = BEGIN
 
@@ -60,7 +65,7 @@ class Lab:
 
     def wait(self, seconds: float) -> None:
         self.answers.now_ms += int(seconds * 1000)
-        self.flow_answers.now_ms = self.answers.now_ms
+        self.flow_answers.now_ms = self.drop_answers.now_ms = self.answers.now_ms
 
     def send(self, data: bytes, iif: int = LAN, oif: int = WAN) -> None:
         bits = pre_routing(self.fw, data, NF_INET_PRE_ROUTING, iif, self.now_ms)
@@ -73,9 +78,11 @@ class Lab:
     def begin(self, command: str, uid: int = 0, **args: Any) -> Iterator[msgspec.Struct | None]:
         """Ask, and get what stands in place of rows, too."""
         asked = Asked(command, args, 4711, uid)
-        rows = self.answers.rows(asked) or self.flow_answers.rows(asked)
-        assert rows is not None
-        return rows
+        for part in (self.answers, self.flow_answers, self.drop_answers, self.tracing):
+            rows = part.rows(asked)
+            if rows is not None:
+                return rows
+        raise AssertionError(f"nobody answers {command}")
 
     def ask(self, command: str, uid: int = 0, **args: Any) -> list[dict[str, Any]]:
         return [json.loads(msgspec.json.encode(row)) for row in self.begin(command, uid, **args) if row is not MORE]

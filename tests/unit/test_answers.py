@@ -1,7 +1,10 @@
 """What the control socket says about drops and counters, in the words of the contract."""
 
+from typing import Any
+
 import pytest
 
+from conntrackd import api, hooks
 from conntrackd.daemon.control import Asked
 from tests.differential.packets import ACK, SYN
 from tests.unit import craft
@@ -36,6 +39,26 @@ def test_drops_are_the_newest_in_order(lab: Lab) -> None:
     assert [row["dport"] for row in rows] == list(range(3000 - len(rows), 3000))
     assert len(rows) >= 1000
     assert [row["time"] for row in rows] == sorted(row["time"] for row in rows)
+
+
+def test_drops_that_a_filter_chooses_and_of_the_last_while(lab: Lab) -> None:
+    lab.send(craft.udp(back=True), WAN, LAN)
+    lab.send(b"\x45")
+    lab.wait(10)
+    lab.send(craft.tcp(SYN, 1, back=True), WAN, LAN)
+    assert [row["protocol"] for row in lab.ask("drops", filter="rule default-forward")] == ["udp", "tcp"]
+    assert [row["protocol"] for row in lab.ask("drops", filter="udp and in wan0 and out lan0")] == ["udp"]
+    assert len(lab.ask("drops", filter="all")) == 2  # one without a tuple is no connection
+    assert [row["protocol"] for row in lab.ask("drops", last_ms=5000)] == ["tcp"]
+    assert len(lab.ask("drops", last_ms=10_000)) == 3
+    bad: dict[str, Any]
+    for bad in ({"filter": "tcp dport"}, {"last_ms": "long"}, {"last": 3}):
+        with pytest.raises(api.RequestError):
+            lab.ask("drops", **bad)
+
+
+def test_as_many_drops_are_kept_as_the_contract_says() -> None:
+    assert api.DROPS_KEPT == hooks.DROPS_MAX
 
 
 def test_stats_name_every_reason(lab: Lab) -> None:
