@@ -102,7 +102,8 @@ def live_report(outcome: Outcome) -> int:
     """The closing summary of a live run, on stdout; returns the exit code."""
     print(
         f"{outcome.packets} packets in {outcome.conversations} conversations compared with the running daemon; "
-        f"{outcome.given_up} conversations given up at a wanted difference; {len(outcome.mismatches)} mismatches"
+        f"{outcome.given_up} conversations given up, at a wanted difference or for lack of speed; "
+        f"{len(outcome.mismatches)} mismatches"
     )
     for mismatch in outcome.mismatches[:5]:
         show(mismatch)

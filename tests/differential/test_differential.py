@@ -1,6 +1,7 @@
 """The core against the live kernel for a minute, and that the harness would notice if they differed."""
 
 import random
+from contextlib import suppress
 
 import pytest
 from scapy.layers.inet import ICMP, IP, TCP, UDP
@@ -10,7 +11,7 @@ from scapy.layers.sctp import SCTP
 from conntrackd import const
 from tests.differential import packets
 from tests.differential.__main__ import differ, explain, live_report, report
-from tests.differential.compare import Twin, replay
+from tests.differential.compare import AmbiguousTimingError, Twin, replay
 from tests.differential.generate import PROTOCOLS, generate
 from tests.differential.generate.path import Conversation, Step, addresses
 from tests.differential.kernel import CLIENT, SERVER, Router
@@ -92,8 +93,9 @@ def test_the_harness_notices_a_core_that_is_set_otherwise(protocol: str, name: s
             conversation = generate(7, index, (protocol,))
             for step in conversation.steps:
                 step.delay_ms = 0
-            if replay(twin, conversation) is not None:
-                return
+            with suppress(AmbiguousTimingError):
+                if replay(twin, conversation) is not None:
+                    return
             twin.empty()
     pytest.fail("500 conversations and nothing noticed")
 
@@ -125,19 +127,22 @@ def test_a_mismatch_is_shrunk_to_what_differs(monkeypatch: pytest.MonkeyPatch) -
 
 def test_the_kernel_is_read_after_every_packet() -> None:
     with Router.tracking({"tcp_timeout_syn_recv": 51}) as router:
-        seen = []
+        seen, timeouts = [], []
         for step in HANDSHAKE:
             passage = router.forward(step.side, step.data)
             assert passage.data == step.data
             assert passage.left
             entry = router.entry(KEY)
             assert entry is not None
-            seen.append((passage.ctinfo, entry.state, entry.status & const.IPS_ASSURED, entry.timeout))
+            seen.append((passage.ctinfo, entry.state, entry.status & const.IPS_ASSURED))
+            timeouts.append(entry.timeout)
         assert seen == [
-            (const.IP_CT_NEW, 1, 0, 120),
-            (const.IP_CT_ESTABLISHED_REPLY, 2, 0, 51),
-            (const.IP_CT_ESTABLISHED, 3, const.IPS_ASSURED, 432000),
+            (const.IP_CT_NEW, 1, 0),
+            (const.IP_CT_ESTABLISHED_REPLY, 2, 0),
+            (const.IP_CT_ESTABLISHED, 3, const.IPS_ASSURED),
         ]
+        # Whole seconds that are left: a tick later it is one less.
+        assert timeouts == [pytest.approx(full, abs=2) for full in (120, 51, 432000)]
         assert list(router.entries()) == [KEY]
         router.flush()
         assert router.entry(KEY) is None

@@ -165,7 +165,7 @@ class Daemon:
     def stop(self) -> int:
         """End it as an operator would (SIGTERM); its exit code."""
         assert self.process is not None
-        return self.process.stop()
+        return self.process.stop(20.0)
 
     def kill(self) -> None:
         """End it as a crash would (SIGKILL)."""

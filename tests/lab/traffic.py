@@ -91,6 +91,16 @@ class Arrivals:
         """The packets so far that hold `content` anywhere."""
         return [packet for packet in self.packets() if content in packet]
 
+    def to_port(self, port: int) -> list[bytes]:
+        """The TCP and UDP packets so far that go to a port."""
+        wanted = port.to_bytes(2, "big")
+        found = []
+        for packet in self.packets():
+            header, protonum = (20, packet[9]) if packet[0] >> 4 == 4 else (40, packet[6])
+            if packet[0] >> 4 in AF and protonum in (6, 17) and packet[header + 2 : header + 4] == wanted:
+                found.append(packet)
+        return found
+
     def wait_for(self, content: bytes, count: int = 1) -> list[bytes]:
         """Wait until `count` packets that hold `content` have arrived."""
         wait_until(lambda: len(self.having(content)) >= count, f"{count} packets with {content!r} arrive")

@@ -25,6 +25,14 @@ def net() -> Iterator[Network]:
 
 
 @pytest.fixture
+def quiet_net(net: Network) -> Network:
+    """IPv4 alone: no neighbour discovery nor multicast listeners, so that packets can be numbered."""
+    for host in net.hosts:
+        host.sysctl("net/ipv6/conf/all/disable_ipv6", 1)
+    return net
+
+
+@pytest.fixture
 def fw(net: Network) -> Iterator[Daemon]:
     """The daemon with the common policy, its rules installed."""
     with daemon(net.router, POLICY) as running:

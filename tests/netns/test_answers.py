@@ -10,13 +10,13 @@ NOWHERE = {4: "192.0.2.1", 6: "2001:db8::1"}  # the router has no route there
 
 def test_time_exceeded_reaches_the_sender(net: Network, fw: Daemon, family: int) -> None:
     """The first hop of a traceroute."""
-    done = net.client.run("ping", "-c", "1", "-W", "2", "-t", "1", net.server.address(family), check=False)
+    done = net.client.run("ping", "-c", "1", "-W", "10", "-t", "1", net.server.address(family), check=False)
     assert "Time to live exceeded" in done.stdout or "Time exceeded" in done.stdout
     assert fw.stats()["ctinfo"]["related_reply"] == 1
 
 
 def test_no_route_reaches_the_sender(net: Network, fw: Daemon, family: int) -> None:
-    done = net.client.run("ping", "-c", "1", "-W", "2", NOWHERE[family], check=False)
+    done = net.client.run("ping", "-c", "1", "-W", "10", NOWHERE[family], check=False)
     assert "nreachable" in done.stdout or "No route" in done.stdout
 
 

@@ -29,7 +29,7 @@ def commands(parent: int) -> dict[int, list[str]]:
 def test_a_tiny_round_measures_every_contestant_and_writes_its_files(tmp_path: Path) -> None:
     # Both kinds of conntrackd only where it has been compiled (`make compile`).
     who = ["a", "b", "c-pre", "d-both", "g" if (COMPILED / ".done").exists() else "f"]
-    options = ["--rounds", "1", "--seconds", "0.2", "--out", str(tmp_path)]
+    options = ["--rounds", "1", "--seconds", "0.5", "--out", str(tmp_path)]
     done = subprocess.run(
         [*BENCH, "--quick", "--work", "udp-fixed,conns", "--contestants", ",".join(who), *options],
         cwd=ROOT,
@@ -61,7 +61,7 @@ def test_ctrl_c_leaves_no_namespace_and_no_process(tmp_path: Path) -> None:
     bench = subprocess.Popen([*BENCH, *options], cwd=ROOT, start_new_session=True)
     try:
         traffic = wait_until(
-            lambda: [words for words in commands(bench.pid).values() if "--client" in words], "traffic runs", 20
+            lambda: [words for words in commands(bench.pid).values() if "--client" in words], "traffic runs", 60
         )
         pids = list(commands(bench.pid))
         assert len(pids) == 2  # traffic and daemon

@@ -59,11 +59,11 @@ def test_stop_under_a_flood(fw: Daemon, flood: Process) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stop_gives_verdicts_to_what_waits(net: Network, number: signal.Signals) -> None:
+def test_stop_gives_verdicts_to_what_waits(quiet_net: Network, number: signal.Signals) -> None:
     """Packets that came while the daemon was held still pass before it ends."""
-    with daemon(net.router, POLICY) as fw:
+    with daemon(quiet_net.router, POLICY) as fw:
         assert fw.process is not None
-        near, far = udp_socket(net.client, 4), udp_socket(net.server, 4, 5300)
+        near, far = udp_socket(quiet_net.client, 4), udp_socket(quiet_net.server, 4, 5300)
         near.sendto(b"0", far.getsockname())  # so that neighbours are known
         assert far.recv(10) == b"0"
         fw.process.signal(signal.SIGSTOP)

@@ -32,14 +32,6 @@ TEST_SWITCH = {"CONNTRACKD_TEST": "1"}
 # --- Our own code fails -------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def quiet_net(net: Network) -> Network:
-    """IPv4 alone: no neighbour discovery, so that the packets can be numbered."""
-    for host in net.hosts:
-        host.sysctl("net/ipv6/conf/all/disable_ipv6", 1)
-    return net
-
-
 def errors(fw: Daemon) -> int:
     return sum(queue["errors"] for queue in fw.status()["queues"])
 

@@ -65,7 +65,7 @@ def test_tftp(net: Network, public: Path, family: int, helper: str, tmp_path: Pa
     (public / "file").write_bytes(os.urandom(200_000))
     tftp_server(net.server, public, family)
     address = f"[{net.server.ipv6}]" if family == 6 else net.server.ipv4
-    get = ["curl", "--silent", "--show-error", "--max-time", "20" if helper else "4"]
+    get = ["curl", "--silent", "--show-error", "--max-time", "60" if helper else "4"]
     with daemon(net.router, policy("udp", 69, helper)) as fw:
         done = net.client.run(*get, "--output", tmp_path / "got", f"tftp://{address}/file", check=False)
         if not helper:
@@ -243,8 +243,14 @@ def test_answers_to_a_broadcast(net: Network, name: str, port: int, helped: bool
             return
         assert asker.recv(100) == b"me"
         child_of(fw, "udp", src="10.9.0.2", sport=port)
-        # Anyone of the network may answer as long as it is expected.
-        (expected,) = fw.json("flows", "--expected")
+        # Anyone of the network may answer as long as it is expected, which another question renews.
+
+        def expectations() -> list[dict[str, Any]]:
+            asker.sendto(b"who is there", ("10.9.0.255", port))
+            found: list[dict[str, Any]] = fw.json("flows", "--expected")
+            return found
+
+        (expected,) = wait_until(expectations, "answers are expected")
         assert (expected["src"], expected["sport"], expected["flags"]) == ("10.9.0.0/24", port, ["PERMANENT"])
 
 

@@ -32,7 +32,7 @@ def test_unsolicited_tcp_from_outside_is_dropped(net: Network, fw: Daemon, famil
     assert (drop["src"], drop["dst"]) == (net.server.address(family), net.client.address(family))
     assert (drop["in"], drop["out"], drop["family"]) == ("wan", "lan", f"ipv{family}")
     assert not [flow for flow in fw.flows() if flow["protocol"] == "tcp"]
-    assert not arrivals.having((8080).to_bytes(2, "big"))
+    assert not arrivals.to_port(8080)
 
 
 def test_unsolicited_udp_from_outside_is_dropped(net: Network, fw: Daemon, family: int) -> None:

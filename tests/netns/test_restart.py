@@ -13,14 +13,18 @@ def answers(net: Network, family: int) -> bool:
     return ping.returncode == 0
 
 
+def wait_for_answer(net: Network, family: int) -> None:
+    # Neighbours that could not be asked meanwhile may be asked again only after a second.
+    wait_until(lambda: answers(net, family), "the server answers")
+
+
 def test_killed_it_fails_closed(net: Network, fw: Daemon, family: int) -> None:
-    assert answers(net, family)
+    wait_for_answer(net, family)
     fw.kill()
     assert fw.queues() == {}
     assert not answers(net, family)
     fw.start()
-    # Neighbours that could not be asked meanwhile may be asked again only after a second.
-    wait_until(lambda: answers(net, family), "the server answers again")
+    wait_for_answer(net, family)
 
 
 def test_stopped_it_fails_closed(net: Network, fw: Daemon, family: int) -> None:
@@ -28,8 +32,7 @@ def test_stopped_it_fails_closed(net: Network, fw: Daemon, family: int) -> None:
     assert not fw.socket_path.exists()
     assert not answers(net, family)
     fw.start()
-    # Neighbours that could not be asked meanwhile may be asked again only after a second.
-    wait_until(lambda: answers(net, family), "the server answers again")
+    wait_for_answer(net, family)
 
 
 def test_killed_with_bypass_packets_pass(net: Network, family: int) -> None:
@@ -42,7 +45,7 @@ def test_killed_with_bypass_packets_pass(net: Network, family: int) -> None:
         assert not arrivals.having(b"while it runs")
 
         fw.kill()
-        assert answers(net, family)
+        wait_for_answer(net, family)
         outside.sendto(b"while it is gone", inside.getsockname())
         assert inside.recv(100) == b"while it is gone"
 
@@ -81,4 +84,5 @@ def test_the_outside_does_not_pick_up(net: Network, fw: Daemon, family: int) -> 
     # As soon as the inside speaks, the connection lives on, and the retransmission arrives.
     near.sendall(b"from inside")
     assert far.recv(100) == b"from inside"
+    near.settimeout(30.0)
     assert near.recv(100) == b"from outside"

@@ -156,6 +156,24 @@ def test_log_and_its_limit(net: Network, family: int) -> None:
         assert ":7000" in fw.log()
 
 
+def test_log_of_what_a_rule_or_a_default_decides(net: Network, family: int) -> None:
+    text = (
+        ZONES
+        + "[policy]\nlog_denied = true\n"
+        + rule("accept", "protocol = 'udp'\nport = 7000\nlog = true", "said")
+        + rule("accept", "protocol = 'udp'\nport = 7001", "unsaid")
+    )
+    with daemon(net.router, text) as fw:
+        for port in (7001, 7000):
+            server = udp_socket(net.server, family, port)
+            asks(net, family, port, b"%d" % port)
+            assert server.recv(100) == b"%d" % port
+        asks(net, family, 7002, b"denied")
+        wait_until(lambda: '"rule": "default-forward", "action": "drop"' in fw.log() or None, "the denied is logged")
+        assert fw.log().count('"rule": "said", "action": "accept"') == 1
+        assert "unsaid" not in fw.log()
+
+
 def test_notrack(net: Network, family: int) -> None:
     text = (
         ZONES + rule("notrack", 'from = "lan"\nprotocol = "udp"\nport = 7000') + rule("accept", 'from = "lan"', "out")
@@ -214,7 +232,7 @@ def test_connection_limit(net: Network, family: int, key: str) -> None:
             except TimeoutError:
                 return None
 
-        wait_until(answered, "there is room again", 20.0)
+        wait_until(answered, "there is room again", 40.0)
         near.close()
 
 

@@ -91,12 +91,13 @@ def test_ten_thousand_packets_leave_no_entry(net: Network, fw: Daemon) -> None:
 
 
 @pytest.mark.usefixtures("block")
-def test_a_dropped_packet_does_not_block_its_flow(net: Network, fw: Daemon, family: int) -> None:
+def test_a_dropped_packet_does_not_block_its_flow(net: Network, family: int) -> None:
     """The same flow passes as soon as the router lets it."""
-    packet = next(datagrams(net, family, "forward-drop", 1))
-    inject(net.client, [packet])
-    wait_until(lambda: fw.status()["unconfirmed"] == 1, "the connection waits for its confirmation")
-    net.router.run("iptables-legacy" if family == 4 else "ip6tables-legacy", "-F", "FORWARD")
-    inject(net.client, [packet])
-    wait_until(lambda: udp_flows(fw), "the connection is confirmed")
-    assert fw.flow("udp", dport=BLOCKED_PORT)["orig"]["packets"] == 2
+    with daemon(net.router, POLICY + '\n[conntrack]\nunconfirmed_timeout = "60s"\n') as fw:
+        packet = next(datagrams(net, family, "forward-drop", 1))
+        inject(net.client, [packet])
+        wait_until(lambda: fw.status()["unconfirmed"] == 1, "the connection waits for its confirmation")
+        net.router.run("iptables-legacy" if family == 4 else "ip6tables-legacy", "-F", "FORWARD")
+        inject(net.client, [packet])
+        wait_until(lambda: udp_flows(fw), "the connection is confirmed")
+        assert fw.flow("udp", dport=BLOCKED_PORT)["orig"]["packets"] == 2
