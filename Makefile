@@ -71,7 +71,7 @@ profile: compile $(BENCH) ## where the time of conntrackd goes (WORK=udp|full|co
 	    $(if $(SECONDS),--seconds $(SECONDS)) $(if $(OUT),--out $(OUT))
 
 # Unpacked, not installed: installing a server starts it.
-servers: $(SERVERS) ## the FTP and TFTP servers and the munin plugin that tests run in their own networks, in build/servers
+servers: $(SERVERS) ## the servers that tests run in their own networks, promtool and a munin plugin, in build/servers
 $(SERVERS): requirements/debian-servers.txt
 	@echo "Unpacking Debian packages:" $$(cat $<)
 	@rm -rf build/servers && mkdir -p build/servers
@@ -106,7 +106,7 @@ check: setup ## style, types, import layers
 LOCK = $(BIN)/uv pip compile -q --universal --generate-hashes --python-version 3.11 --no-annotate --custom-compile-command "make lock"
 lock: setup ## write requirements/*.lock anew from requirements/build.in and pyproject.toml
 	$(LOCK) --upgrade requirements/build.in -o requirements/build.lock
-	$(LOCK) --upgrade pyproject.toml -o requirements/run.lock
+	$(LOCK) --upgrade --extra metrics pyproject.toml -o requirements/run.lock
 	$(LOCK) --upgrade --extra dev pyproject.toml -o requirements/dev.lock
 	$(LOCK) --upgrade --extra bench pyproject.toml -o requirements/bench.lock
 

@@ -174,6 +174,11 @@ def _mark_mask(value: int) -> int:
     return value
 
 
+def _listen(value: str) -> str:
+    values.endpoint(value)
+    return value
+
+
 def _different(value: tuple[int, ...]) -> tuple[int, ...]:
     if len(set(value)) < len(value):
         raise mistake("both queues have the same number", "prerouting and postrouting need a queue each")
@@ -327,6 +332,12 @@ class State(Section):
 
     directory: Annotated[str, AfterValidator(_directory)] = "/var/lib/conntrackd"  # "": nothing does
     snapshot: Time = 30_000  # ms; 0 = only when the daemon stops
+
+
+class Metrics(Section):
+    """[metrics]: the counters for Prometheus."""
+
+    listen: Annotated[str, AfterValidator(_listen)] = ""  # empty: nowhere
 
 
 class Limit(Section):
@@ -486,6 +497,7 @@ class Config(Section):
     exception: OnException = OnException()
     reload: Reload = Reload()
     state: State = State()
+    metrics: Metrics = Metrics()
     rule: Annotated[tuple[Rule, ...], Field(strict=False)] = ()
 
     _files: Files = PrivateAttr()

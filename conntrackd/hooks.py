@@ -74,6 +74,16 @@ DROPPED_BY_FLOWS: Final = "connection_limit"
 DROPPED_REVOKED: Final = "revoked"
 DROPPED_CLASH: Final = "insert_failed"
 DROPPED_BY_HELPER: Final = CTINFO_NAMES[STRESSED_HELPER]
+# All that there are.
+DROP_REASONS: Final = (
+    DROPPED_BY_RULE,
+    DROPPED_RELATED,
+    DROPPED_BY_RATE,
+    DROPPED_BY_FLOWS,
+    DROPPED_REVOKED,
+    DROPPED_CLASH,
+    *(name for reason, name in CTINFO_NAMES.items() if reason >= INVALID),
+)
 
 
 class Firewall:

@@ -5,7 +5,7 @@ Each reader takes what stands in the file and returns integers, or raises a mist
 
 import re
 from collections.abc import Sequence
-from ipaddress import IPv4Network, IPv6Network, ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from socket import AF_INET, AF_INET6, inet_pton
 from typing import Final, NamedTuple
 
@@ -95,6 +95,19 @@ def network(value: object) -> Network:
         else:
             raise mistake(f"{shown(value)} has bits set behind its prefix", f"did you mean '{meant}'?")
     raise mistake(f"{shown(value)} is no address or network (expected as '192.0.2.1', '10.0.0.0/8' or '2001:db8::/32')")
+
+
+def endpoint(value: object) -> tuple[str, int]:
+    """Read an address and a port to listen on, as `127.0.0.1:9799` or `[::1]:9799`."""
+    found = re.fullmatch(r"(?:\[([\w:.%]+)\]|([\w.-]+)):(\d{1,5})", value) if isinstance(value, str) else None
+    if found and 0 < int(found[3]) <= 65535:
+        address = found[1] or found[2]
+        try:
+            if ip_address(address).version == (6 if found[1] else 4):
+                return address, int(found[3])
+        except ValueError:
+            pass
+    raise mistake(f"{shown(value)} is no address with a port (expected as '127.0.0.1:9799' or '[::1]:9799')")
 
 
 def source(value: object, sets: Sequence[str]) -> Source:

@@ -355,6 +355,9 @@ def _needs_restart(before: Config | None, after: Config) -> list[str]:
     ]
     if before.exception.queue_overflow != after.exception.queue_overflow:
         changed.append("exception.queue_overflow")
-    if not changed:
-        return []
-    return [f"{', '.join(changed)}: counts from the next start on, after `conntrackd rules install`."]
+    remarks = []
+    if changed:
+        remarks.append(f"{', '.join(changed)}: counts from the next start on, after `conntrackd rules install`.")
+    if before.metrics != after.metrics:
+        remarks.append("metrics.listen: counts from the next start on.")
+    return remarks

@@ -30,6 +30,7 @@ from conntrackd.daemon.answerer import Answerer
 from conntrackd.daemon.answers import Answers
 from conntrackd.daemon.control import Asked, Control, ControlError
 from conntrackd.daemon.dropanswers import DropAnswers
+from conntrackd.daemon.exporter import Exporter, ExporterError
 from conntrackd.daemon.flowanswers import FlowAnswers
 from conntrackd.daemon.generations import Generations
 from conntrackd.daemon.health import Health
@@ -47,6 +48,7 @@ from conntrackd.daemon.trace import Tracing
 from conntrackd.daemon.watch import TableWatch
 from conntrackd.hooks import Firewall
 from conntrackd.policy.compile import compile as compile_ruleset
+from conntrackd.values import endpoint
 
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
@@ -82,7 +84,7 @@ def run(file: str, socket_path: str, simulate: str | None) -> int:
     daemon = Daemon(config, file, track)
     try:
         daemon.open(socket_path)
-    except (ControlError, QueueError) as error:
+    except (ControlError, ExporterError, QueueError) as error:
         print(error, file=sys.stderr)  # noqa: T201
         return EXIT_FAILED
     else:
@@ -142,14 +144,17 @@ class Daemon:
         )
         self._watch = TableWatch(self._net)
         self._control: Control | None = None
+        self._exporter: Exporter | None = None
         # Packets come through `_packets`, all else through `_selector`, whose own descriptor is watched there too.
         self._packets = select.epoll()
         self._packets.register(self._selector.fileno(), select.EPOLLIN)
         self._wakeup, self._wakeup_write = socket.socketpair()
 
     def open(self, socket_path: str) -> None:
-        """Take hold of the control socket, the signals and the queues. Raises ControlError or QueueError."""
+        """Take hold of the sockets, the signals and the queues. Raises ControlError, ExporterError or QueueError."""
         self._control = Control(socket_path, self._selector, self._answer)
+        if self._config.metrics.listen:
+            self._exporter = self._export(endpoint(self._config.metrics.listen))
         self._state.now_ms = self._generations.now_ms = monotonic_ms()
         self._state.open()
         self._state.restore()
@@ -165,6 +170,19 @@ class Daemon:
             self._packets.register(queue.fileno(), select.EPOLLIN)
         self._answerer.open()  # after the queues: who may not bind them is told only that
         self._starting = RulesJob(self._config, self._wakeup_write)
+
+    def _export(self, listen: tuple[str, int]) -> Exporter:
+        """Open the endpoint for Prometheus. What only it needs is imported now: most routers do without."""
+        try:
+            from conntrackd.daemon.metrics import Metrics
+        except ModuleNotFoundError as error:
+            raise ExporterError(
+                f"[metrics] needs the Python package {error.name}: install it (`pip install conntrackd[metrics]`), "
+                "or take metrics.listen out of the configuration."
+            ) from error
+        queues = (self._track, self._confirm)
+        metrics = Metrics(version("conntrackd"), self._fw, queues, self._generations, self._health, self._answerer)
+        return Exporter(listen, self._selector, metrics.text)
 
     def _catch_signals(self) -> None:
         """Make signals wake the loop and set a flag: a handler that raised would lose the packet in hand."""
@@ -221,6 +239,8 @@ class Daemon:
         self._control.now_ms = self._answers.now_ms = self._flow_answers.now_ms = now_ms
         self._status_answers.now_ms = self._policy_answers.now_ms = self._drop_answers.now_ms = now_ms
         self._generations.now_ms = now_ms
+        if self._exporter is not None:
+            self._exporter.now_ms = now_ms
 
     def _serve_others(self, now_ms: int) -> None:
         """Do what waits besides packets: clients, links, signals."""
@@ -289,6 +309,8 @@ class Daemon:
             if now_ms >= tick_ms:
                 self._control.now_ms = now_ms
                 self._control.tick()
+                if self._exporter is not None:
+                    self._exporter.tick()
                 self._watch.tick()
                 self._health.tick(now_ms)
                 self._generations.now_ms = now_ms
@@ -346,6 +368,8 @@ class Daemon:
         self._state.close()
         if self._control is not None:
             self._control.close()
+        if self._exporter is not None:
+            self._exporter.close()
         signal.set_wakeup_fd(-1)
         self._wakeup.close()
         self._wakeup_write.close()

@@ -101,9 +101,11 @@ class Queue:
         self.packets = 0
         self.dropped = 0
         self.errors = 0
+        self.errors_accepted = 0  # of these: passed, as configured
         self.verdict_errors = 0  # verdicts that the kernel did not take
         self.overruns = 0  # times that the socket's buffer ran over; the kernel counts the packets
         self.latency = [0] * (len(LATENCY_BOUNDS_US) + 1)  # packets by time from the wake-up to the verdict
+        self.latency_sum_us = 0  # the time of all of them
         self._fw = fw
         self._mark = mark
         self.accept_on_error = accept_on_error
@@ -272,6 +274,7 @@ class Queue:
 
     def _observe(self, took_us: int, packets: int) -> None:
         """Count packets in the latency histogram: none waited longer for its verdict than the whole turn took."""
+        self.latency_sum_us += took_us * packets
         for slot, bound in enumerate(LATENCY_BOUNDS_US):
             if took_us <= bound:
                 self.latency[slot] += packets
@@ -281,6 +284,7 @@ class Queue:
     def _failed(self, bits: int) -> int:
         """Decide on a packet that our own code failed on, as configured, and say so now and then."""
         self.errors += 1
+        self.errors_accepted += self.accept_on_error
         if self._may_log():
             log.exception(
                 "packet_failed",

@@ -585,7 +585,16 @@ def test_the_example_shows_the_defaults() -> None:
 
 def test_the_reference_has_every_key() -> None:
     text = REFERENCE.read_text()
-    models = (Config, config.Queue, config.Rules, config.Zone, config.Policy, config.Rule, config.Conntrack)
+    models = (
+        Config,
+        config.Queue,
+        config.Rules,
+        config.Zone,
+        config.Policy,
+        config.Metrics,
+        config.Rule,
+        config.Conntrack,
+    )
     for model in models:
         for name, field in model.model_fields.items():
             key = field.alias or name

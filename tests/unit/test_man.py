@@ -23,6 +23,7 @@ def test_every_key_is_named() -> None:
         config.OnException,
         config.Reload,
         config.State,
+        config.Metrics,
     )
     for model in (*models, config.Limit, config.Rule, config.Config):
         for name, field in model.model_fields.items():

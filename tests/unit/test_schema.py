@@ -83,7 +83,16 @@ def test_mistakes_do_not_fit(text: str) -> None:
 
 def test_every_key_is_in_it() -> None:
     made = schema()
-    for model in (config.Queue, config.Rules, config.Zone, config.Set, config.Policy, config.OnException, config.Rule):
+    for model in (
+        config.Queue,
+        config.Rules,
+        config.Zone,
+        config.Set,
+        config.Policy,
+        config.OnException,
+        config.Metrics,
+        config.Rule,
+    ):
         keys = {field.alias or name for name, field in model.model_fields.items()}
         assert set(made["$defs"][model.__name__]["properties"]) == keys
         assert made["$defs"][model.__name__]["additionalProperties"] is False
