@@ -8,7 +8,7 @@ SERVERS := build/servers/.done
 TOOLS  := $(VENV)/.installed-tools
 
 .DEFAULT_GOAL := help
-.PHONY: help setup servers compile demo bench bench-policy bench-table profile test test-unit test-compiled test-differential fuzz check lock clean
+.PHONY: help setup servers compile demo install uninstall bench bench-policy bench-table profile test test-unit test-compiled test-differential fuzz check lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -25,8 +25,8 @@ if [ -n "$$missing" ]; then \
 fi
 endef
 
-$(STAMP): requirements/debian.txt requirements/build.lock requirements/dev.lock pyproject.toml
-	@$(call debian,requirements/debian.txt)
+$(STAMP): requirements/debian.txt requirements/debian-build.txt requirements/build.lock requirements/dev.lock pyproject.toml
+	@$(call debian,requirements/debian.txt requirements/debian-build.txt)
 	@echo "Making $(VENV) with locked dependencies"
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements/build.lock
@@ -45,6 +45,65 @@ $(COMPILED): setup.py pyproject.toml $(shell find conntrackd -name '*.py')
 	@rm -rf build/compiled
 	@$(BIN)/python setup.py -q build_py --build-lib build/compiled build_ext --build-lib build/compiled --build-temp build/temp
 	@touch $@
+
+PREFIX     ?= /usr/local
+SYSCONFDIR ?= /etc
+UNITDIR    ?= $(PREFIX)/lib/systemd/system
+LIB        := $(PREFIX)/lib/conntrackd
+WHEELS     ?= build/wheels
+
+# What is installed: the locked dependencies and this package, compiled where a compiler is there.
+PACKAGER = $(WHEELS)/venv/bin/pip --disable-pip-version-check -q
+$(WHEELS)/.dependencies: requirements/debian-build.txt requirements/build.lock requirements/run.lock
+	@$(call debian,requirements/debian-build.txt)
+	@echo "Building the packages that conntrackd needs"
+	@rm -rf $(WHEELS)
+	@$(PYTHON) -m venv $(WHEELS)/venv
+	@$(PACKAGER) install --require-hashes -r requirements/build.lock
+	@$(PACKAGER) wheel --require-hashes --no-build-isolation -w $(WHEELS) -r requirements/run.lock
+	@touch $@
+
+$(WHEELS)/.done: $(WHEELS)/.dependencies pyproject.toml setup.py $(shell find conntrackd -type f -not -name '*.pyc')
+	@echo "Building conntrackd"
+	@rm -rf $(WHEELS)/conntrackd-*.whl build/lib* build/bdist*
+	@$(PACKAGER) wheel --no-deps --no-build-isolation -w $(WHEELS) .
+	@touch $@
+
+install: $(WHEELS)/.done ## install under PREFIX=/usr/local, below DESTDIR: program, unit, user, manual; the configuration only if there is none
+	@rm -rf $(DESTDIR)$(LIB)
+	@$(PYTHON) -m venv --without-pip $(DESTDIR)$(LIB)
+	@$(PACKAGER) --python $(DESTDIR)$(LIB)/bin/python3 --isolated install --root-user-action ignore --no-deps --no-index \
+	    --no-compile $(WHEELS)/*.whl
+	@rm -rf $(addprefix $(DESTDIR)$(LIB)/,include share) && find $(DESTDIR)$(LIB)/bin -type f -delete
+	@sed -i '/^command/d' $(DESTDIR)$(LIB)/pyvenv.cfg
+	@$(DESTDIR)$(LIB)/bin/python3 -m compileall -q -s '$(DESTDIR)' $(DESTDIR)$(LIB)/lib
+	@install -d $(DESTDIR)$(PREFIX)/sbin
+	@sed 's,@LIB@,$(LIB),' packaging/conntrackd.py > $(DESTDIR)$(PREFIX)/sbin/conntrackd && chmod 755 $(DESTDIR)$(PREFIX)/sbin/conntrackd
+	@install -d $(DESTDIR)$(UNITDIR) $(addprefix $(DESTDIR)$(PREFIX)/lib/,sysusers.d tmpfiles.d)
+	@sed 's,/usr/sbin/,$(PREFIX)/sbin/,' systemd/conntrackd.service > $(DESTDIR)$(UNITDIR)/conntrackd.service
+	@install -m 644 systemd/sysusers.conf $(DESTDIR)$(PREFIX)/lib/sysusers.d/conntrackd.conf
+	@install -m 644 systemd/tmpfiles.conf $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/conntrackd.conf
+	@for page in man/*.[1-8]; do install -D -m 644 $$page $(DESTDIR)$(PREFIX)/share/man/man$${page##*.}/$${page##*/}; done
+	@[ -e $(DESTDIR)$(SYSCONFDIR)/conntrackd/conntrackd.toml ] || \
+	    install -D -m 644 config/conntrackd.toml $(DESTDIR)$(SYSCONFDIR)/conntrackd/conntrackd.toml
+	@[ -n "$(DESTDIR)" ] || echo "Next: systemd-sysusers, adapt $(SYSCONFDIR)/conntrackd/conntrackd.toml, conntrackd check, systemctl enable --now conntrackd"
+
+# What the tests start under a systemd; as Python, which is quicker to build.
+INSTALLED := build/installed.done
+$(INSTALLED): Makefile requirements/debian-systemd.txt packaging/conntrackd.py $(wildcard systemd/*) requirements/build.lock requirements/run.lock $(shell find conntrackd -name '*.py')
+	@$(call debian,requirements/debian-systemd.txt)
+	@rm -rf build/installed
+	@$(MAKE) -s install DESTDIR=$(CURDIR)/build/installed PREFIX=/usr WHEELS=build/wheels-pure PYTHON=/usr/bin/python3 CONNTRACKD_PURE=1
+	@touch $@
+# With WHEELS set to it, the rule above is the one that makes it.
+ifneq ($(WHEELS),build/wheels-pure)
+endif
+
+uninstall: ## remove what install put there; the configuration and the state stay
+	rm -rf $(DESTDIR)$(LIB)
+	rm -f $(DESTDIR)$(PREFIX)/sbin/conntrackd $(DESTDIR)$(UNITDIR)/conntrackd.service
+	rm -f $(addprefix $(DESTDIR)$(PREFIX)/lib/,sysusers.d/conntrackd.conf tmpfiles.d/conntrackd.conf)
+	for page in man/*.[1-8]; do rm -f $(DESTDIR)$(PREFIX)/share/man/man$${page##*.}/$${page##*/}; done
 
 test-unit: setup ## tests without a network, on this Python
 	$(BIN)/pytest -q tests/unit tests/property
@@ -84,7 +143,7 @@ $(TOOLS): $(STAMP) requirements/debian-tools.txt
 	@$(call debian,requirements/debian-tools.txt)
 	@touch $@
 
-test: setup $(BENCH) $(SERVERS) $(TOOLS) ## all tests
+test: setup $(BENCH) $(SERVERS) $(TOOLS) $(INSTALLED) ## all tests
 	$(BIN)/pytest -q tests
 
 test-differential: setup ## the core against the live kernel, packet by packet, for ten minutes (SECONDS=600)
@@ -94,7 +153,7 @@ fuzz: setup ## look for packets that break the tracker (SECONDS=60; CORPUS=folde
 	$(BIN)/python -m tests.fuzz.run --seconds $(or $(SECONDS),60) $(if $(CORPUS),--corpus $(CORPUS))
 
 # --import-mode=append: the compiled package comes before the checkout.
-test-compiled: compile $(BENCH) $(SERVERS) $(TOOLS) ## unit, property and network tests with the packet path compiled
+test-compiled: compile $(BENCH) $(SERVERS) $(TOOLS) $(INSTALLED) ## unit, property and network tests with the packet path compiled
 	PYTHONPATH=build/compiled CONNTRACKD_EXPECT=compiled $(BIN)/pytest -q --import-mode=append tests/unit tests/property tests/netns
 
 check: setup ## style, types, import layers

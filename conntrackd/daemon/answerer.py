@@ -1,6 +1,7 @@
 """Sends what REJECT answers, past our own queues: the rules of the edge let pass what carries the mark that it sets."""
 
 import contextlib
+import errno
 import socket
 import struct
 from socket import inet_ntop
@@ -27,6 +28,7 @@ class Answerer:
     def __init__(self, mark: Mark) -> None:
         self.sent = 0
         self.failed = 0
+        self._forbidden = False
         self._sockets: dict[tuple[bool, bool], socket.socket] = {}
         self._mark = struct.pack("=I", mark.lay[MARK_UNTRACKED])
 
@@ -66,8 +68,15 @@ class Answerer:
                 else:
                     sock.sendto(answer.data, (inet_ntop(socket.AF_INET, answer.destination), 0))
                 self.sent += 1
-            except OSError:
+            except OSError as error:
                 self.failed += 1
+                if error.errno == errno.EPERM and not self._forbidden:
+                    self._forbidden = True  # said once
+                    log.warning(
+                        "reject_cannot_answer",
+                        error=error.strerror,
+                        need="IPAddressAllow=any in the systemd unit, and an OUTPUT chain that lets it pass",
+                    )
         answers.clear()
 
     def close(self) -> None:

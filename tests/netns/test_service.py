@@ -13,6 +13,7 @@ from tests.lab.network import Network, wait_until
 from tests.lab.traffic import udp_socket
 
 REMOVE = POLICY + '\n[rules]\nat_stop = "remove"\n'
+REJECT = POLICY.replace('default = "drop"', 'default = "reject"')
 LEAVE = POLICY + '\n[rules]\nat_start = "leave"\n'
 
 
@@ -119,3 +120,15 @@ def test_rules_that_cannot_be_installed_end_the_start(net: Network, manager: Man
         assert "iptables" in process.output()
         assert not any("READY" in said for said in manager.listen())
         assert fw.queues() == {}
+
+
+def test_answers_that_may_not_be_sent_are_said_once(net: Network) -> None:
+    """As by IPAddressDeny of the unit; here it is a rule that stands in their way."""
+    net.router.run("iptables-legacy", "-A", "OUTPUT", "-p", "icmp", "-j", "DROP")
+    with daemon(net.router, REJECT) as fw:
+        near = udp_socket(net.server, 4)
+        for port in 7000, 7001:
+            near.sendto(b"x", (net.client.ipv4, port))
+            fw.wait_for_drop(dport=port)
+        wait_until(lambda: "reject_cannot_answer" in fw.log(), "it is said")
+        assert fw.log().count("reject_cannot_answer") == 1

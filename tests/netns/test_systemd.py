@@ -1,0 +1,167 @@
+"""The unit, really started by a systemd: readiness, privileges, reload, watchdog, and what becomes of failures."""
+
+import json
+import os
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.lab.daemon import POLICY, queues
+from tests.lab.network import Network, network, wait_until
+from tests.lab.systemd import INSTALLED, UNIT, Machine, control_groups, machine
+
+CONFIG = "/etc/conntrackd/conntrackd.toml"
+CAP_NET_ADMIN, CAP_NET_RAW = 12, 13
+
+
+@pytest.fixture(scope="module")
+def net() -> Iterator[Network]:
+    with network() as built:
+        yield built
+
+
+@pytest.fixture(scope="module")
+def booted(net: Network, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
+    if control_groups() is None:
+        pytest.skip("starts a systemd: needs a cgroup2 that may be written")
+    with machine(net.router, tmp_path_factory.mktemp("systemd")) as booted:
+        yield booted
+
+
+@pytest.fixture
+def service(booted: Machine) -> Iterator[Machine]:
+    """The unit, started; started means that its `systemctl start` has returned."""
+    booted.write(CONFIG, POLICY)
+    booted.systemctl("start")
+    yield booted
+    booted.systemctl("stop")
+
+
+def passes(net: Network) -> bool:
+    return net.client.run("ping", "-n", "-c", "1", "-W", "2", net.server.ipv4, check=False).returncode == 0
+
+
+def process_status(service: Machine, name: str) -> str:
+    text = service.run("cat", f"/proc/{service.show('MainPID')}/status").stdout
+    found = re.search(rf"^{name}:\s*(.*)$", text, re.MULTILINE)
+    assert found is not None
+    return found[1]
+
+
+def test_started_means_bound_and_filtering(net: Network, service: Machine) -> None:
+    assert set(queues(net.router)) == {0, 1}
+    assert service.show("SubState") == "running"
+    assert passes(net)
+    assert net.server.run("ping", "-n", "-c", "1", "-W", "1", net.client.ipv4, check=False).returncode != 0
+    wait_until(lambda: " flows, " in service.show("StatusText"), "systemctl status says how it is")
+
+
+def test_it_is_nobody_and_may_do_little(service: Machine) -> None:
+    wanted = 1 << CAP_NET_ADMIN | 1 << CAP_NET_RAW
+    for name in ("CapEff", "CapPrm", "CapBnd", "CapAmb"):
+        assert int(process_status(service, name), 16) == wanted
+    assert process_status(service, "NoNewPrivs") == "1"
+    assert process_status(service, "Seccomp") == "2"
+    uid = int(service.run("id", "-u", "conntrackd").stdout)
+    assert uid != 0
+    assert process_status(service, "Uid").split() == [str(uid)] * 4
+
+
+def test_it_sees_what_the_kernel_keeps_for_root(service: Machine) -> None:
+    """How many packets wait, and how many were lost, before they came to it: the daemon's user may read that."""
+    pid = service.show("MainPID")
+    daemon = ["nsenter", "-t", pid, "-m", "setpriv", "--reuid=conntrackd", "--regid=conntrackd", "--clear-groups"]
+    lines = service.run(*daemon, "cat", "/proc/net/netfilter/nfnetlink_queue").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["0", "1"]
+    assert service.run(*daemon, "cat", "/proc/net/ip_tables_names").stdout
+    assert service.run(*daemon, "cat", "/etc/shadow", check=False).returncode != 0
+
+
+def test_the_group_may_ask_and_root_may_change(service: Machine) -> None:
+    ask = ["conntrackd", "status"]
+    change = ["conntrackd", "reload"]
+    group = ["setpriv", "--reuid=nobody", "--regid=conntrackd", "--clear-groups"]
+    stranger = ["setpriv", "--reuid=nobody", "--regid=nogroup", "--clear-groups"]
+    assert service.run(*group, *ask, check=False).returncode == 0
+    refused = service.run(*group, *change, check=False)
+    assert refused.returncode == 1
+    assert "needs root" in refused.stderr
+    assert service.run(*stranger, *ask, check=False).returncode != 0
+    assert service.run(*change, check=False).returncode == 0
+
+
+def test_a_reload_waits_and_a_bad_one_fails_where_it_can_be_seen(net: Network, service: Machine) -> None:
+    service.systemctl("reload")
+    assert service.show("StatusText") == "Generation 2 is in force."
+    service.write(CONFIG, POLICY.replace('"drop"', '"dorp"', 1))
+    assert service.systemctl("reload", check=False).returncode != 0
+    assert service.show("ActiveState") == "active"
+    assert json.loads(service.run("conntrackd", "status", "-o", "json").stdout)["generation"] == 2
+    assert passes(net)
+
+
+@pytest.mark.parametrize("signal", ["STOP", "KILL"])
+def test_stuck_or_killed_it_comes_back(net: Network, service: Machine, signal: str) -> None:
+    """Stopped, its loop feeds the watchdog no more."""
+    pid, restarts = service.show("MainPID"), int(service.show("NRestarts"))
+    service.run("kill", f"-{signal}", pid)
+    wait_until(lambda: int(service.show("NRestarts")) > restarts, "it is started again", 30.0)
+    wait_until(lambda: service.show("SubState") == "running", "it runs again", 30.0)
+    assert service.show("MainPID") != pid
+    assert passes(net)
+    if signal == "STOP":
+        assert "Fatal Python error: Aborted" in service.log()
+
+
+def test_stopped_it_fails_closed(net: Network, service: Machine) -> None:
+    assert passes(net)
+    service.systemctl("stop")
+    assert service.show("Result") == "success"
+    assert not passes(net)
+    assert service.run("conntrackd", "status", check=False).returncode == 3
+
+
+def test_mistakes_in_the_configuration_end_the_start_for_good(service: Machine) -> None:
+    service.write(CONFIG, POLICY.replace('"drop"', '"dorp"', 1))
+    restarts = service.show("NRestarts")
+    assert service.systemctl("restart", check=False).returncode != 0
+    assert (service.show("ActiveState"), service.show("ExecMainStatus")) == ("failed", "2")
+    assert service.show("NRestarts") == restarts
+    assert "did you mean 'drop'?" in service.log()
+    service.systemctl("reset-failed")
+    service.write(CONFIG, POLICY)
+    service.systemctl("start")
+
+
+def test_the_unit_is_tight_and_without_a_mistake() -> None:
+    unit = INSTALLED / "usr" / "lib" / "systemd" / "system" / UNIT
+    done = subprocess.run(
+        ["systemd-analyze", "security", "--offline=yes", "--no-pager", "--threshold=15", unit],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    found = re.search(r"Overall exposure level for \S+: ([\d.]+)", done.stdout)
+    assert found is not None
+    assert float(found[1]) <= 1.5, done.stdout
+    assert done.returncode == 0
+
+
+def test_the_unit_has_no_mistake(booted: Machine) -> None:
+    done = booted.run("systemd-analyze", "verify", "--man=no", UNIT)
+    assert done.stdout + done.stderr == ""
+    assert os.access(Path(INSTALLED) / "usr" / "sbin" / "conntrackd", os.X_OK)
+
+
+def test_the_network_is_out_of_reach_until_the_unit_allows_answers(net: Network, service: Machine) -> None:
+    service.write(CONFIG, POLICY.replace('default = "drop"', 'default = "reject"'))
+    service.systemctl("reload")
+    ping = ["ping", "-n", "-c", "1", "-W", "1", net.client.ipv4]
+    assert "Unreachable" not in net.server.run(*ping, check=False).stdout
+    wait_until(lambda: "IPAddressAllow=any" in service.log(), "the log says what is needed")
+
+    service.write("/etc/systemd/system/conntrackd.service.d/answers.conf", "[Service]\nIPAddressAllow=any\n")
+    service.run("systemctl", "daemon-reload")
+    service.systemctl("restart")
+    assert "Unreachable" in net.server.run(*ping, check=False).stdout
