@@ -528,6 +528,13 @@ class Done(msgspec.Struct):
     message: str
 
 
+class Restart(msgspec.Struct):
+    """What came of the wish to restart."""
+
+    ok: bool
+    message: str
+
+
 class DaemonNotRunningError(Exception):
     """Nobody listens on the control socket; the text is one sentence."""
 

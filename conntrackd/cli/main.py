@@ -28,6 +28,7 @@ COMMANDS = {
     "explain": "say which rule decides about a packet, and why; nothing is sent",
     "set": "list the sets of addresses; add to one, or take out of one",
     "diff": "show what a configuration file would change; changes nothing",
+    "restart": "begin the daemon anew, with the program and configuration as they are now; no packet is lost",
     "reload": "put the configuration file in force anew",
     "apply": "put a configuration file in force, for good or on trial",
     "confirm": "keep the policy that is on trial",

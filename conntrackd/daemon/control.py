@@ -92,7 +92,10 @@ class Control:
         path: str,
         selector: selectors.BaseSelector,
         answer: Answer,
+        listener: int = -1,
+        lock: int = -1,
     ) -> None:
+        """Listen at a path, or go on with the descriptors that the process before has left to us."""
         self.now_ms = 0  # set by the loop whenever it wakes
         self._path = Path(path)
         self._selector = selector
@@ -100,9 +103,9 @@ class Control:
         self._encoder = msgspec.json.Encoder()
         self._clients: set[_Client] = set()
         self._waiting: list[_Client] = []  # for rows that were not there yet
-        self._lock = _lock(self._path)
+        self._lock = lock if lock >= 0 else _lock(self._path)
         try:
-            self._listener = _listen(self._path)
+            self._listener = socket.socket(fileno=listener) if listener >= 0 else _listen(self._path)
         except ControlError:
             os.close(self._lock)
             raise
@@ -225,6 +228,14 @@ class Control:
             else:
                 self._selector.unregister(client.connection)
             client.connection.close()
+
+    def fds(self) -> tuple[int, int]:
+        """The descriptors of the listening socket and of the lock, for the process after this one."""
+        return self._listener.fileno(), self._lock
+
+    def answering(self) -> bool:
+        """Whether some client has not got all of its answer; those that follow events never have."""
+        return any(client.answering and not client.quiet for client in self._clients)
 
     def waits(self) -> bool:
         """Whether some answer was not ready: the loop is to come back soon, and to call `resume`."""

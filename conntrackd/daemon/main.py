@@ -6,6 +6,7 @@ after a few: so under a flood what was let in gets out, and timers and clients g
 
 import faulthandler
 import gc as garbage
+import os
 import select
 import selectors
 import signal
@@ -24,8 +25,8 @@ from conntrackd import config as config_file
 from conntrackd.config import Config, ConfigErrors
 from conntrackd.core.conntrack import gc
 from conntrackd.core.net import Conntrack
+from conntrackd.daemon import handover, packetlog, rules
 from conntrackd.daemon import log as log_setup
-from conntrackd.daemon import packetlog, rules
 from conntrackd.daemon.answerer import Answerer
 from conntrackd.daemon.answers import Answers
 from conntrackd.daemon.control import Asked, Control, ControlError
@@ -33,6 +34,7 @@ from conntrackd.daemon.dropanswers import DropAnswers
 from conntrackd.daemon.exporter import Exporter, ExporterError
 from conntrackd.daemon.flowanswers import FlowAnswers
 from conntrackd.daemon.generations import Generations
+from conntrackd.daemon.handover import Restart
 from conntrackd.daemon.health import Health
 from conntrackd.daemon.links import Links
 from conntrackd.daemon.mark import Mark
@@ -71,8 +73,11 @@ DRAIN_MS: Final = 1000  # how long a stopping daemon gives verdicts to what alre
 log = structlog.get_logger()
 
 
-def run(file: str, socket_path: str, simulate: str | None) -> int:
-    """Run the daemon in the foreground until SIGTERM or SIGINT; returns the exit code."""
+def run(file: str, socket_path: str, simulate: str | None, rehearse: bool = False) -> int:
+    """Run the daemon in the foreground until SIGTERM or SIGINT; returns the exit code.
+
+    `rehearse`: only go as far as one can without taking hold of anything.
+    """
     log_setup.configure()
     faulthandler.enable()  # a watchdog's SIGABRT says where the loop is stuck
     try:
@@ -82,8 +87,11 @@ def run(file: str, socket_path: str, simulate: str | None) -> int:
         print(error, file=sys.stderr)  # noqa: T201 - for the operator, who reads it as it is
         return EXIT_USAGE
     daemon = Daemon(config, file, track)
+    if rehearse:
+        daemon.close()
+        return EXIT_OK
     try:
-        daemon.open(socket_path)
+        daemon.open(socket_path, handover.heirlooms())
     except (ControlError, ExporterError, QueueError) as error:
         print(error, file=sys.stderr)  # noqa: T201
         return EXIT_FAILED
@@ -133,6 +141,7 @@ class Daemon:
         self._policy_answers = PolicyAnswers(fw, self._links)
         self._drop_answers = DropAnswers(fw, self._links)
         self._tracing = Tracing(fw, mark, queues, self._links)
+        self._restart = Restart()
         self._parts = (
             self._answers,
             self._flow_answers,
@@ -141,6 +150,7 @@ class Daemon:
             self._drop_answers,
             self._tracing,
             self._generations,
+            self._restart,
         )
         self._watch = TableWatch(self._net)
         self._control: Control | None = None
@@ -150,14 +160,23 @@ class Daemon:
         self._packets.register(self._selector.fileno(), select.EPOLLIN)
         self._wakeup, self._wakeup_write = socket.socketpair()
 
-    def open(self, socket_path: str) -> None:
-        """Take hold of the sockets, the signals and the queues. Raises ControlError, ExporterError or QueueError."""
-        self._control = Control(socket_path, self._selector, self._answer)
+    def open(self, socket_path: str, heirlooms: dict[str, int]) -> None:
+        """Take hold of the sockets, the signals and the queues, some of which the process before has left to us.
+
+        Raises ControlError, ExporterError or QueueError.
+        """
+        listener, lock = heirlooms.pop(handover.LISTENER, -1), heirlooms.pop(handover.LOCK, -1)
+        self._control = Control(socket_path, self._selector, self._answer, listener, lock)
         if self._config.metrics.listen:
             self._exporter = self._export(endpoint(self._config.metrics.listen))
         self._state.now_ms = self._generations.now_ms = monotonic_ms()
         self._state.open()
-        self._state.restore()
+        state = heirlooms.pop(handover.STATE, -1)
+        if state >= 0:
+            self._state.inherit(state)
+            self._notify.forget(handover.STATE)
+        else:
+            self._state.restore()
         self._catch_signals()
         self._selector.register(self._links, selectors.EVENT_READ, self._on_links)
         # Packets come as soon as a queue is bound, so the queues are last; the confirming one is ready first.
@@ -166,8 +185,19 @@ class Daemon:
         if self._config.exception.queue_overflow == "accept":
             flags |= NFQA_CFG_F_FAIL_OPEN
         for queue in (self._confirm, self._track):
-            queue.bind(settings.max_length, settings.socket_buffer, flags)
+            name = handover.queue_name(queue.number)
+            fd = heirlooms.pop(name, -1)
+            if fd >= 0 and queue.adopt(fd, settings.max_length, settings.socket_buffer, flags, state >= 0):
+                log.info("queue_adopted", queue=queue.number)
+            else:
+                if fd >= 0:
+                    os.close(fd)
+                queue.bind(settings.max_length, settings.socket_buffer, flags)
             self._packets.register(queue.fileno(), select.EPOLLIN)
+            self._notify.store(name, [queue.fileno()])
+        for name, fd in heirlooms.items():
+            os.close(fd)  # of a queue that is no longer configured
+            self._notify.forget(name)
         self._answerer.open()  # after the queues: who may not bind them is told only that
         self._starting = RulesJob(self._config, self._wakeup_write)
 
@@ -191,8 +221,10 @@ class Daemon:
         signal.set_wakeup_fd(self._wakeup_write.fileno(), warn_on_full_buffer=False)
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._on_stop)
+        signal.signal(signal.SIGUSR2, lambda _number, _frame: self._restart.want())
         signal.signal(signal.SIGHUP, lambda _number, _frame: None)  # losing the terminal is no reason to stop
         self._selector.register(self._wakeup, selectors.EVENT_READ, self._on_wakeup)
+        handover.accept_signals()
 
     def _on_wakeup(self, _events: int) -> None:
         self._wakeup.recv(64)
@@ -267,6 +299,8 @@ class Daemon:
             wake_ms = min(gc_ms, tick_ms)
             if self._control.waits() or self._generations.busy():
                 wake_ms = min(wake_ms, now_ms + (0 if self._fw.rejudging else SOON_MS))
+            if self._restart.busy():
+                wake_ms = min(wake_ms, now_ms + SOON_MS)
             if self._state.busy():
                 wake_ms = min(wake_ms, now_ms + 1)
             ready = self._packets.poll(max(0, wake_ms - now_ms) / 1000)
@@ -297,6 +331,11 @@ class Daemon:
             if self._state.busy():
                 self._state.now_ms = now_ms
                 self._state.turn()
+            if self._restart.busy():
+                self._restart.now_ms = now_ms
+                self._restart.turn()
+                if self._starting is None and self._restart.due(self._control.answering()):
+                    self._become_next()
             if self._control.waits():
                 self._set_time(now_ms)
                 self._control.resume()
@@ -334,12 +373,36 @@ class Daemon:
         self._notify.stopping()
         self._leave_rules()
         self._drain()
-        # What comes from now on would have to wait for the disk: it is dropped, or passes by, as the rules say.
-        self._track.unbind()
-        self._confirm.unbind()
         self._state.now_ms = self._read_clock()
+        self._leave_queues()
         self._state.last()
         return EXIT_FAILED if self._failed else EXIT_OK
+
+    def _leave_queues(self) -> None:
+        """Let go of the queues before the disk is waited for: what comes now is dropped, or passes, as the rules say.
+
+        Where the service manager keeps them it waits for the next process, which gets the state, too.
+        """
+        if not self._notify.keeps():
+            self._track.unbind()
+            self._confirm.unbind()
+            return
+        self._track.leave()
+        self._confirm.leave()
+        with handover.state_in_memory(self._state) as file:
+            self._notify.store(handover.STATE, [file.fileno()])
+
+    def _become_next(self) -> None:
+        """Become the new program, with all that it goes on with; returns only if that failed."""
+        assert self._control is not None
+        log.info("handing_over", flows=self._net.table.count)
+        self._drain()
+        self._state.now_ms = self._read_clock()
+        listener, lock = self._control.fds()
+        with handover.state_in_memory(self._state) as file:
+            fds = {handover.queue_name(queue.number): queue.fileno() for queue in (self._track, self._confirm)}
+            fds |= {handover.STATE: file.fileno(), handover.LISTENER: listener, handover.LOCK: lock}
+            self._restart.failed(handover.become_next(fds, self._notify.environment()))
 
     def _leave_rules(self) -> None:
         """Keep the kernel's rules or take them out, as the configuration in force says."""

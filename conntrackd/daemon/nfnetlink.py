@@ -19,6 +19,7 @@ LITTLE_ENDIAN: Final = sys.byteorder == "little"
 NFNL_SUBSYS_QUEUE: Final = 3
 NFQNL_MSG_PACKET: Final = NFNL_SUBSYS_QUEUE << 8 | 0
 NFQNL_MSG_VERDICT: Final = NFNL_SUBSYS_QUEUE << 8 | 1
+NFQNL_MSG_VERDICT_BATCH: Final = NFNL_SUBSYS_QUEUE << 8 | 3
 NFQNL_MSG_CONFIG: Final = NFNL_SUBSYS_QUEUE << 8 | 2
 
 # Attributes of packets and verdicts [enum nfqnl_attr_type].
@@ -33,11 +34,13 @@ NFQA_SKB_INFO: Final = 14
 # NFQA_SKB_INFO. Neither NOTVERIFIED nor NOTREADY (1, left for the hardware to finish): the hardware has verified it.
 NFQA_SKB_CSUM_NOTVERIFIED: Final = 1 << 2
 
+NFQA_CFG_QUEUE_MAXLEN: Final = 3
 NFQA_CFG_MASK: Final = 4
 NFQA_CFG_FLAGS: Final = 5
 
 NFQA_CFG_F_FAIL_OPEN: Final = 1 << 0
 NFQA_CFG_F_GSO: Final = 1 << 2
+KNOWN_FLAGS: Final = NFQA_CFG_F_FAIL_OPEN | NFQA_CFG_F_GSO
 
 NLMSG_ERROR: Final = 2
 NLM_F_REQUEST: Final = 1
@@ -73,6 +76,20 @@ def verdict_head(queue: int, size: int) -> bytes:
 
 
 MARK_HEAD: Final = ATTRIBUTE.pack(8, NFQA_MARK)
+
+
+def settings(queue: int, max_length: int, flags: int) -> bytes:
+    """Write a message that sets the length and the flags of a queue that is in use: nobody waits for an answer."""
+    body = GENERIC.pack(AF_UNSPEC, 0, queue)
+    for kind, value in ((NFQA_CFG_QUEUE_MAXLEN, max_length), (NFQA_CFG_MASK, KNOWN_FLAGS), (NFQA_CFG_FLAGS, flags)):
+        body += ATTRIBUTE.pack(8, kind) + struct.pack(">I", value)
+    return HEADER.pack(HEADER.size + len(body), NFQNL_MSG_CONFIG, NLM_F_REQUEST, 0, 0) + body
+
+
+def drop_up_to(queue: int, packet_id: int) -> bytes:
+    """Write a message that drops all packets up to an id that still wait for a verdict."""
+    body = GENERIC.pack(AF_UNSPEC, 0, queue) + ATTRIBUTE.pack(12, NFQA_VERDICT_HDR) + struct.pack(">II", 0, packet_id)
+    return HEADER.pack(HEADER.size + len(body), NFQNL_MSG_VERDICT_BATCH, NLM_F_REQUEST, 0, 0) + body
 
 
 def set_flags(fd: int, queue: int, flags: int) -> None:

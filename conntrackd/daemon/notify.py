@@ -30,6 +30,15 @@ class Notify:
         # How often `alive` is to be called: twice in the time after which we are taken for stuck. 0: not at all.
         self.watchdog_ms = max(1, int(timeout_us) // 2000) if ours and timeout_us.isdecimal() else 0
 
+    def environment(self) -> dict[str, str]:
+        """Write what was taken out of the environment, for the program that this process becomes."""
+        if not self._address:
+            return {}
+        found = {"NOTIFY_SOCKET": self._address.replace("\0", "@", 1)}
+        if self.watchdog_ms:
+            found |= {"WATCHDOG_USEC": str(self.watchdog_ms * 2000), "WATCHDOG_PID": str(os.getpid())}
+        return found
+
     def ready(self, status: str) -> None:
         """Say that we serve."""
         self._is_ready = True
@@ -56,6 +65,10 @@ class Notify:
     def stopping(self) -> None:
         """Say that we are about to end."""
         self._send("STOPPING=1", "STATUS=Stopping")
+
+    def keeps(self) -> bool:
+        """Whether there is somebody who may keep descriptors."""
+        return self._address != ""
 
     def store(self, name: str, fds: Sequence[int]) -> bool:
         """Give descriptors to be kept until the next start (`inherited`); whether they were sent."""

@@ -10,6 +10,7 @@ Verdicts are not sent one by one either: they are collected, each with its own m
 the socket is empty or the budget of the turn is spent. The kernel carries them out in their order.
 """
 
+import contextlib
 import errno
 import os
 import socket
@@ -37,9 +38,12 @@ from conntrackd.daemon.nfnetlink import (
     NFQA_SKB_INFO,
     NFQNL_MSG_PACKET,
     NLMSG_ERROR,
+    PACKET_ID_AT,
     VERDICT,
+    drop_up_to,
     native16,
     set_flags,
+    settings,
     verdict_head,
 )
 from conntrackd.hooks import Firewall, post_routing, pre_routing
@@ -56,6 +60,7 @@ MESSAGE_HEADER: Final = 20  # nlmsghdr and nfgenmsg; attributes follow
 # twice what it is asked for.
 SOCKET_BYTES_PER_PACKET: Final = 2304
 SOCKET_BUFFER_MAX: Final = (1 << 30) - 1  # the kernel's own limit
+SO_RCVBUFFORCE: Final = 33
 SO_MEMINFO: Final = 55  # begins with the bytes in use and the limit
 LOG_PAUSE_MS: Final = 1000
 # Of the calling thread: tests run queues in the network namespace of a thread.
@@ -77,6 +82,7 @@ class KernelQueue(NamedTuple):
     waiting: int
     dropped_full: int
     dropped_socket: int
+    last_id: int = 0  # of the packet that came last
 
 
 class Queue:
@@ -131,8 +137,7 @@ class Queue:
                 f"Queue {self.number} can't be bound: it needs root (the capability CAP_NET_ADMIN) "
                 "and a kernel with nfnetlink_queue."
             ) from error
-        self.max_length = max_length
-        self.wanted_buffer = min(max(socket_buffer, max_length * SOCKET_BYTES_PER_PACKET), SOCKET_BUFFER_MAX)
+        self._set_size(max_length, socket_buffer)
         with warnings.catch_warnings(record=True) as short:
             warnings.simplefilter("always")
             try:
@@ -155,6 +160,41 @@ class Queue:
             self.unbind()
             raise QueueError(f"Queue {self.number} can't be set up: {error.strerror}.") from error
 
+    def adopt(self, fd: int, max_length: int, socket_buffer: int, flags: int, orderly: bool) -> bool:
+        """Go on with the socket of the process before, and what waits there; False if the queue is not bound to it.
+
+        A process that ended without order may have read packets and not judged them: nobody can any more, and they go.
+        """
+        try:
+            with socket.socket(fileno=os.dup(fd)) as sock:
+                ours = sock.getsockname()[0]
+                known = kernel_queues().get(self.number)
+                if sock.family != socket.AF_NETLINK or known is None or known.portid != ours:
+                    return False
+                self._set_size(max_length, socket_buffer)
+                with contextlib.suppress(OSError):  # without CAP_NET_ADMIN the size stays as it is
+                    sock.setsockopt(socket.SOL_SOCKET, SO_RCVBUFFORCE, self.wanted_buffer)
+                sock.send(settings(self.number, max_length, flags))
+                if not orderly:
+                    self._drop_orphans(sock, known)
+        except OSError:
+            return False
+        self._fd = fd
+        return True
+
+    def _drop_orphans(self, sock: socket.socket, known: KernelQueue) -> None:
+        first_id = known.last_id + 1  # of those that are still to be read
+        with contextlib.suppress(BlockingIOError):
+            message = sock.recv(PACKET_ID_AT + 4, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+            if native16(message, 4) == NFQNL_MSG_PACKET:
+                first_id = u32(message, PACKET_ID_AT)
+        if known.waiting > known.last_id + 1 - first_id:
+            sock.send(drop_up_to(self.number, first_id - 1))
+
+    def _set_size(self, max_length: int, socket_buffer: int) -> None:
+        self.max_length = max_length
+        self.wanted_buffer = min(max(socket_buffer, max_length * SOCKET_BYTES_PER_PACKET), SOCKET_BUFFER_MAX)
+
     def _why_not(self) -> str:
         owner = kernel_queues().get(self.number)
         if owner is None:
@@ -170,7 +210,7 @@ class Queue:
 
     def socket_memory(self) -> tuple[int, int]:
         """Bytes that the kernel holds for us, and may hold, as it granted them; 0 while nothing is bound."""
-        if self._nfqueue is None:
+        if self._fd < 0:
             return 0, 0
         with socket.socket(fileno=os.dup(self._fd)) as sock:
             used, size = struct.unpack("=2I", sock.getsockopt(socket.SOL_SOCKET, SO_MEMINFO, 8))
@@ -205,7 +245,19 @@ class Queue:
         """Give the queue back; the kernel drops what still waits in it."""
         if self._nfqueue is not None:
             self._nfqueue.unbind()
-            self._nfqueue = None
+        elif self._fd >= 0:
+            os.close(self._fd)
+        self._nfqueue = None
+        self._fd = -1
+
+    def leave(self) -> None:
+        """Let go of the queue without giving it back: who holds its socket besides us goes on with it."""
+        if self._fd >= 0:
+            # NetfilterQueue would give it back in the end, so it is left with something else in its hand.
+            nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+            os.dup2(nothing, self._fd, inheritable=False)
+            os.close(nothing)
+            self._fd = -1
 
     def on_message(self, message: bytes) -> None:
         """Read a message and decide on its packet. Every way out of here with a packet has recorded a verdict."""
@@ -315,7 +367,7 @@ def kernel_queues() -> dict[int, KernelQueue]:
     except OSError:
         return {}
     rows = [[int(word) for word in line.split()] for line in text.splitlines()]
-    return {row[0]: KernelQueue(row[1], row[2], row[5], row[6]) for row in rows}
+    return {row[0]: KernelQueue(row[1], row[2], row[5], row[6], row[7]) for row in rows}
 
 
 def _process(portid: int) -> str:

@@ -4,6 +4,7 @@ Nothing here holds packets up: rows are made a slice per turn of the loop, and a
 snapshot, not the packets. Whatever goes wrong is counted, said once, and shown by `status`.
 """
 
+import os
 import time
 from collections.abc import Iterator
 from typing import BinaryIO, Final
@@ -20,7 +21,7 @@ from conntrackd.daemon.statefile import StateFile, Writing
 from conntrackd.hooks import Firewall
 
 WAITING_MAX: Final = 1 << 22  # bytes that wait for the disk; more are not made before some are written
-LAST_S: Final = 10.0  # how long a stopping daemon waits for the disk
+LAST_S: Final = 5.0  # how long a stopping daemon waits for the disk
 PAUSE_S: Final = 0.001
 
 log = structlog.get_logger()
@@ -79,6 +80,15 @@ class State:
             self._set_aside(str(error))
         except OSError as error:
             self._fail(error.strerror or str(error))
+
+    def inherit(self, fd: int) -> None:
+        """Put back what the process before has left in memory; without it, what it has left on the disk."""
+        with os.fdopen(fd, "rb") as file:
+            try:
+                self.take(file)
+            except (SnapshotError, OSError) as error:
+                log.warning("handover_state_unusable", error=str(error))
+                self.restore()
 
     def take(self, file: BinaryIO) -> None:
         """Put back what a snapshot holds. Raises SnapshotError for one that is no good."""

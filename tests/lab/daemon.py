@@ -162,6 +162,10 @@ class Daemon:
         assert self.process is not None
         self.process.wait_for_output('"event": "ready"', 20.0)
 
+    def restart(self) -> str:
+        """`conntrackd restart`: the process goes on as a new one; what was printed."""
+        return self.cli("restart").stdout
+
     def stop(self) -> int:
         """End it as an operator would (SIGTERM); its exit code."""
         assert self.process is not None

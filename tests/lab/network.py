@@ -18,7 +18,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -49,7 +49,7 @@ def wait_until(condition: Callable[[], T], what: str, timeout_s: float = 10.0, p
 class Process:
     """A command running in the background inside a namespace; its output is kept in a file without a name."""
 
-    def __init__(self, argv: list[str], env: Mapping[str, str]) -> None:
+    def __init__(self, argv: list[str], env: Mapping[str, str], fds: Sequence[int] = ()) -> None:
         self.argv = argv
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the process
         # A session of its own: Ctrl-C on the terminal reaches only the lab, which then ends things in order.
@@ -60,6 +60,7 @@ class Process:
             stderr=subprocess.STDOUT,
             env=env,
             start_new_session=True,
+            pass_fds=fds,
         )
 
     @property
@@ -168,9 +169,9 @@ class Host:
             raise LabError(f"{' '.join(map(str, command))} failed ({done.returncode}): {done.stdout}{done.stderr}")
         return done
 
-    def start(self, *command: str | Path, env: Mapping[str, str] | None = None) -> Process:
-        """Start a command in the background; it is stopped with the network at the latest."""
-        process = Process(self.argv(*command), {**os.environ, **(env or {})})
+    def start(self, *command: str | Path, env: Mapping[str, str] | None = None, fds: Sequence[int] = ()) -> Process:
+        """Start a command in the background, with these descriptors; it is stopped with the network at the latest."""
+        process = Process(self.argv(*command), {**os.environ, **(env or {})}, fds)
         self._processes.append(process)
         return process
 
