@@ -149,6 +149,15 @@ test: setup $(BENCH) $(SERVERS) $(TOOLS) $(INSTALLED) ## all tests
 test-differential: setup ## the core against the live kernel, packet by packet, for ten minutes (SECONDS=600)
 	$(BIN)/python -m tests.differential --seconds $(or $(SECONDS),600)
 
+soak-restart: setup ## restarts under load: no connection broken, no packet lost (ROUNDS=10)
+	$(BIN)/python -m tests.soak restart --rounds $(or $(ROUNDS),10)
+
+soak-stop: setup ## stops and starts under load: no connection broken (ROUNDS=10)
+	$(BIN)/python -m tests.soak stop --rounds $(or $(ROUNDS),10)
+
+soak-kill: setup ## SIGKILL at random moments under load: it starts, with what its snapshot has (ROUNDS=50 SEED=N)
+	$(BIN)/python -m tests.soak kill --rounds $(or $(ROUNDS),50) $(if $(SEED),--seed $(SEED))
+
 fuzz: setup ## look for packets that break the tracker (SECONDS=60; CORPUS=folder keeps what it learns)
 	$(BIN)/python -m tests.fuzz.run --seconds $(or $(SECONDS),60) $(if $(CORPUS),--corpus $(CORPUS))
 
