@@ -52,16 +52,26 @@ class End(msgspec.Struct, kw_only=True):
 
 
 class FilterArgs(msgspec.Struct, forbid_unknown_fields=True):
-    """The arguments of `flows`, `count` and `events`: which connections, all if it is empty (docs/filter.md)."""
+    """The arguments of `flows` and `count`: which connections, all if it is empty (docs/filter.md)."""
 
     filter: str = ""
 
 
+class EventsArgs(FilterArgs, forbid_unknown_fields=True):
+    """The arguments of `events`; `expected`: of what these connections expect."""
+
+    expected: bool = False
+
+
 class KillArgs(msgspec.Struct, forbid_unknown_fields=True):
-    """The arguments of `kill`, which answers with the flows that it has ended; `dry_run`: that it would end."""
+    """The arguments of `kill`, which answers with the flows that it has ended; `dry_run`: that it would end.
+
+    `expected`: it ends what these connections expect, and answers with that.
+    """
 
     filter: str
     dry_run: bool = False
+    expected: bool = False
 
 
 class DropArgs(msgspec.Struct, forbid_unknown_fields=True):
@@ -215,6 +225,14 @@ class FlowDetails(Flow, rename={"in_": "in"}, kw_only=True):
     expected: list[Expectation]  # that it has announced and that have not come
     tcp: TcpDetails | UnsetType = UNSET
     sctp: SctpDetails | UnsetType = UNSET
+
+
+class ExpectationEvent(msgspec.Struct, kw_only=True):
+    """A connection that a helper begins to expect, or expects no more: it has come, it is too late, it was killed."""
+
+    type: str  # NEW, DESTROY
+    time: str  # RFC 3339, UTC
+    expectation: Expectation
 
 
 class Drop(msgspec.Struct, rename={"in_": "in"}, kw_only=True):

@@ -155,6 +155,10 @@ IPCT_HELPER: Final = 1 << 6
 IPCT_MARK: Final = 1 << 7
 IPCT_LABEL: Final = 1 << 10
 
+# What happened to an expectation [enum ip_conntrack_expect_events].
+IPEXP_NEW: Final = 1 << 0
+IPEXP_DESTROY: Final = 1 << 1
+
 IPCT_NAMES: Final = {
     IPCT_NEW: "NEW",
     IPCT_RELATED: "RELATED",

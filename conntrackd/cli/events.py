@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import msgspec
 
 from conntrackd import api
+from conntrackd.cli import expectedtable
 from conntrackd.cli.filterwords import add_filter, filter_of
 from conntrackd.cli.output import EXIT_OK, endpoint, remark
 from conntrackd.cli.times import seconds
@@ -21,6 +22,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser.add_argument(
         "-o", "--output", choices=["table", "json", "jsonl"], default="table", help="json, jsonl: an object per line"
     )
+    parser.add_argument("--expected", action="store_true", help="what happens to connections that helpers expect")
     parser.add_argument("--for", dest="seconds", metavar="TIME", type=seconds, help="end after TIME, as 30s or 5m")
     parser.set_defaults(func=run)
 
@@ -28,9 +30,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
 def run(args: argparse.Namespace) -> int:
     """Follow them until the time is over or the daemon ends; returns the exit code."""
     text = filter_of(args)
-    rows = api.listen(api.socket_path(getattr(args, "socket", None)), "events", args.seconds, {"filter": text})
+    wanted = {"filter": text, "expected": args.expected}
+    rows = api.listen(api.socket_path(getattr(args, "socket", None)), "events", args.seconds, wanted)
     if args.output == "table":
-        for line in _lines(rows):
+        for line in (_expected_lines if args.expected else _lines)(rows):
             print(line, flush=True)
         return EXIT_OK
     for row in rows:
@@ -41,20 +44,14 @@ def run(args: argparse.Namespace) -> int:
 
 def _lines(rows: Iterator[bytes]) -> Iterator[str]:
     """Write events as conntrack -E does: one a line, the columns not wider than they must be."""
-    from datetime import datetime
-
     decoder = msgspec.json.Decoder(api.Event)
-    for row in rows:
-        if row.startswith(LOST):
-            lost = msgspec.json.decode(row, type=api.Lost)
-            remark(f"{lost.count} events are missing here: they came faster than they were read")
-            continue
+    for row in _without_losses(rows):
         event = decoder.decode(row)
         flow = event.flow
         yield " ".join(
             word
             for word in (
-                datetime.fromisoformat(event.time).astimezone().strftime("%H:%M:%S.%f")[:-3],
+                _clock(event.time),
                 f"{event.type:<7}",
                 flow.protocol,
                 flow.state,
@@ -69,3 +66,31 @@ def _lines(rows: Iterator[bytes]) -> Iterator[str]:
             )
             if word
         )
+
+
+def _expected_lines(rows: Iterator[bytes]) -> Iterator[str]:
+    decoder = msgspec.json.Decoder(api.ExpectationEvent)
+    for row in _without_losses(rows):
+        event = decoder.decode(row)
+        expected = event.expectation
+        source, target = expectedtable.ends(expected)
+        yield (
+            f"{_clock(event.time)} {event.type:<7} {expected.protocol} {source} > {target} "
+            f"helper={expected.helper} master={expected.master}"
+        )
+
+
+def _without_losses(rows: Iterator[bytes]) -> Iterator[bytes]:
+    """Say on stderr what was lost, and go on."""
+    for row in rows:
+        if row.startswith(LOST):
+            lost = msgspec.json.decode(row, type=api.Lost)
+            remark(f"{lost.count} events are missing here: they came faster than they were read")
+        else:
+            yield row
+
+
+def _clock(time: str) -> str:
+    from datetime import datetime
+
+    return datetime.fromisoformat(time).astimezone().strftime("%H:%M:%S.%f")[:-3]

@@ -10,11 +10,10 @@ from itertools import islice
 import msgspec
 
 from conntrackd import api
-from conntrackd.cli import flowtable
+from conntrackd.cli import expectedtable, flowtable
 from conntrackd.cli.filterwords import add_filter, filter_of
-from conntrackd.cli.output import EXIT_OK, duration, endpoint, json_array, json_lines, table_lines
+from conntrackd.cli.output import EXIT_OK, json_array, json_lines, table_lines
 
-HEADER_EXPECTED = ("PROTO", "SOURCE", "DESTINATION", "HELPER", "CLASS", "FLAGS", "TIMEOUT", "MASTER")
 CLEAR_LINE, CLEAR_BELOW, TOP_LEFT = "\x1b[K", "\x1b[J", "\x1b[H"
 
 # What `-o` may say besides `table`: each takes the rows as the daemon sends them, in JSON.
@@ -97,7 +96,7 @@ def _groups(args: argparse.Namespace, rows: Iterator[bytes]) -> Iterable[api.Gro
 def _lines(args: argparse.Namespace, text: str) -> Iterator[str]:
     """Write the table."""
     if args.expected:
-        return table_lines(HEADER_EXPECTED, _expected_cells(islice(_ask(args, text), args.limit)))
+        return table_lines(expectedtable.HEADER, expectedtable.rows(islice(_ask(args, text), args.limit)))
     if args.by:
         rows = (
             [group.key, *map(str, (group.count, group.packets, group.bytes))]
@@ -121,27 +120,6 @@ def _watch(args: argparse.Namespace, text: str) -> None:
             print(moment, *_lines(args, text), "", sep="\n")
         sys.stdout.flush()
         time.sleep(args.watch)
-
-
-def _expected_cells(rows: Iterator[bytes]) -> Iterator[list[str]]:
-    decoder = msgspec.json.Decoder(api.Expectation)
-    for row in rows:
-        expected = decoder.decode(row)
-        source, port = expected.src or "any", "any" if expected.sport is None else expected.sport
-        if expected.srckey is not msgspec.UNSET:
-            source, target = f"{source} key {expected.srckey}", f"{expected.dst} key {expected.dstkey}"
-        else:
-            source, target = f"{source} port {port}", endpoint(expected.dst, expected.dport)
-        yield [
-            expected.protocol,
-            source,
-            target,
-            expected.helper,
-            expected.class_ or "-",
-            ",".join(expected.flags) or "-",
-            duration(expected.timeout_seconds),
-            str(expected.master),
-        ]
 
 
 def _count(text: str) -> int:

@@ -10,7 +10,8 @@ alive in a circle. Like a connection, an expectation that has expired is absent,
 
 from typing import TYPE_CHECKING, Final
 
-from conntrackd.const import IPS_CONFIRMED, IPS_DYING
+from conntrackd.const import IPEXP_DESTROY, IPEXP_NEW, IPS_CONFIRMED, IPS_DYING
+from conntrackd.core.ecache import Event, EventRing
 from conntrackd.core.stats import Stats
 
 if TYPE_CHECKING:
@@ -96,8 +97,9 @@ def destination_part(key: bytes) -> bytes:
 class Expectations:
     """All expectations, by destination."""
 
-    def __init__(self, stats: Stats) -> None:
+    def __init__(self, stats: Stats, events: EventRing) -> None:
         self.stats = stats
+        self.events = events
         self.hash: dict[bytes, list[Expect]] = {}
         self.by_id: dict[int, Expect] = {}
         self.last_id = 0
@@ -120,7 +122,7 @@ class Expectations:
             if master.status & (IPS_CONFIRMED | IPS_DYING) != IPS_CONFIRMED or master.expires_ms <= now_ms:
                 return None
             if not expect.flags & EXPECT_PERMANENT:
-                self.unlink(expect)
+                self.unlink(expect, now_ms)
             return expect
         return None
 
@@ -145,7 +147,7 @@ class Expectations:
             if same_master and other.tuple == expect.tuple and other.mask == expect.mask:
                 if other.expect_class != expect.expect_class or other.master is not expect.master:
                     return EXPECT_ALREADY
-                self.unlink(other)
+                self.unlink(other, now_ms)
                 break
             if overlap(other.tuple, expect.tuple, both_masks(other.mask, expect.mask)):
                 return EXPECT_BUSY
@@ -156,7 +158,7 @@ class Expectations:
             if other.expect_class == expect.expect_class and other.expires_ms > now_ms
         ]
         if len(same_class) >= policy.max_expected:
-            self.unlink(same_class[0])
+            self.unlink(same_class[0], now_ms)
         if limit and len(self.by_id) >= limit:
             self.unlink_expired(list(self.by_id.values()), now_ms)
             if len(self.by_id) >= limit:
@@ -168,9 +170,11 @@ class Expectations:
         self.hash.setdefault(destination_part(expect.tuple), []).append(expect)
         info.expectations.append(expect)
         self.stats.expect_create += 1
+        if self.events.listeners:
+            self.events.add(Event(expect.master, IPEXP_NEW, 0, now_ms, expect))
         return EXPECT_OK
 
-    def unlink(self, expect: Expect) -> None:
+    def unlink(self, expect: Expect, now_ms: int) -> None:
         """Take an expectation out [nf_ct_unlink_expect]. One that is out already stays out."""
         if self.by_id.pop(expect.id, None) is None:
             return
@@ -183,17 +187,19 @@ class Expectations:
         assert info is not None
         info.expectations.remove(expect)
         self.stats.expect_delete += 1
+        if self.events.listeners:
+            self.events.add(Event(expect.master, IPEXP_DESTROY, 0, now_ms, expect))
 
-    def unlink_all(self, info: "Help") -> None:
+    def unlink_all(self, info: "Help", now_ms: int) -> None:
         """Take out what a master expects: it is over [nf_ct_remove_expectations]."""
         for expect in list(info.expectations):
-            self.unlink(expect)
+            self.unlink(expect, now_ms)
 
     def unlink_expired(self, expectations: list[Expect], now_ms: int) -> None:
         """Take out those of a list that have expired."""
         for expect in expectations:
             if expect.expires_ms <= now_ms:
-                self.unlink(expect)
+                self.unlink(expect, now_ms)
 
     def sweep(self, now_ms: int) -> None:
         """Take out what has expired, a bounded slice at a time; all have been looked at after some turns."""

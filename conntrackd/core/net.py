@@ -17,7 +17,7 @@ class Conntrack:
     def __init__(self, sysctl: Sysctl) -> None:
         self.sysctl = sysctl
         self.stats = Stats()
-        self.events = EventRing()
+        self.events = EventRing(sysctl.events_max)
         self.table = Table(sysctl, self.stats, self.events)
         self.cached = 0  # const.IPCT_*: what the packet in hand has changed; nothing between packets
         # Settings that rules give their connections (Conn.timeouts).
@@ -31,6 +31,7 @@ class Conntrack:
         """Use other settings from now on; a timeout counts from the next packet of a connection on."""
         self.sysctl = sysctl
         self.table.sysctl = sysctl
+        self.events.limit = sysctl.events_max
 
     def zone_of(self, iif: int, mark: int) -> int:
         """Choose the conntrack zone of a packet: what its mark says, else its interface's, else 0."""

@@ -35,7 +35,7 @@ from conntrackd.const import (
 )
 from conntrackd.core.chain import activity_ring, due_ring, enter_activity, enter_due, leave_activity, leave_due
 from conntrackd.core.conn import Conn
-from conntrackd.core.ecache import EventRing
+from conntrackd.core.ecache import Event, EventRing
 from conntrackd.core.expect import Expectations
 from conntrackd.core.stats import Stats
 from conntrackd.core.sysctl import Sysctl
@@ -78,7 +78,7 @@ class Table:
         self.source_counts: list[dict[bytes, int]] = []  # by source, sharded too; made when the limit is first used
         self.labels: dict[int, int] = {}  # of the connections that have any, by id: 128 bits
         self.last_id = 0
-        self.expectations = Expectations(stats)
+        self.expectations = Expectations(stats, events)
         # Tuples of announced PPTP calls, by what a packet tells of them: not the key of its own side.
         self.gre_keymap: dict[bytes, bytes] = {}
         # Unconfirmed connections by original tuple, in two generations: `rotate` forgets the old one whole, so a
@@ -213,7 +213,7 @@ class Table:
 
     def notify(self, ct: Conn, bits: int, reason: int, now_ms: int) -> None:
         """Tell those who listen."""
-        self.events.add(ct, bits, reason, self.sysctl.events_max, now_ms)
+        self.events.add(Event(ct, bits, reason, now_ms))
 
     # --- Limits -------------------------------------------------------------------------------------------
 
@@ -319,7 +319,7 @@ class Table:
         """End what the helper of a connection keeps outside of it: it is over [nf_ct_helper_destroy]."""
         if ct.help is not None:
             ct.help.helper.destroy(self, ct, now_ms)
-            self.expectations.unlink_all(ct.help)
+            self.expectations.unlink_all(ct.help, now_ms)
 
     def gre_tuple(self, key: bytes) -> bytes:
         """Complete the tuple of a PPTP packet, which names the call of its receiver only [gre_keymap_lookup]."""

@@ -10,6 +10,7 @@ from conntrackd import api
 from conntrackd.const import CLOSED_KILLED, CLOSED_NAMES, IPCT_DESTROY, IPCT_NAMES, IPS_DYING
 from conntrackd.core.conn import Conn
 from conntrackd.core.ecache import Event
+from conntrackd.core.expect import Expect
 from conntrackd.daemon import flowrows
 from conntrackd.daemon.control import MORE, QUIET, Asked
 from conntrackd.daemon.links import Links
@@ -52,7 +53,8 @@ class FlowAnswers:
         if asked.command == "count":
             return self._count(self._chosen(asked))
         if asked.command == "events":
-            return self._events(self._chosen(asked))
+            wanted = arguments(asked, api.EventsArgs)
+            return self._events(Chosen(wanted.filter, self._links), wanted.expected)
         if asked.command == "flow":
             return self._details(arguments(asked, api.FlowArgs).id)
         if asked.command == "kill":
@@ -62,6 +64,8 @@ class FlowAnswers:
             if not args.dry_run and not asked.may_change():
                 raise api.RequestError(f"Killing flows needs root, and you are {asked.who()}.")
             chosen = Chosen(args.filter, self._links)
+            if args.expected:
+                return self._kill_expected(chosen, asked, args.dry_run)
             return self._flows(chosen) if args.dry_run else self._kill(chosen, asked)
         return None
 
@@ -107,6 +111,24 @@ class FlowAnswers:
             log.info("flows_killed", filter=chosen.text, count=len(killed), who=asked.who(), pid=asked.pid)
         yield from map(self._flow, killed)
 
+    def _kill_expected(self, chosen: Chosen, asked: Asked, dry_run: bool) -> Iterator[msgspec.Struct]:
+        """End what connections expect, and only then tell what that was."""
+        found = []
+        left = chosen.at_once
+        for expect in list(self._fw.net.table.expectations.by_id.values()):
+            if expect.expires_ms > self.now_ms and chosen.matches(expect.master, expect.master, self.now_ms):
+                found.append(expect)
+            left -= 1
+            if not left:
+                left = chosen.at_once
+                yield MORE
+        rows = [flowrows.expectation(expect, self.now_ms) for expect in found]
+        if not dry_run:
+            for expect in found:
+                self._fw.net.table.expectations.unlink(expect, self.now_ms)
+            log.info("expectations_killed", filter=chosen.text, count=len(found), who=asked.who(), pid=asked.pid)
+        yield from rows
+
     def _details(self, number: int) -> Iterator[msgspec.Struct]:
         """Tell everything about one connection, in one row; none if it is not there."""
         found: Conn | None = None
@@ -126,8 +148,8 @@ class FlowAnswers:
 
     # --- Events ---------------------------------------------------------------------------------------------------
 
-    def _events(self, chosen: Chosen) -> Iterator[msgspec.Struct]:
-        """Tell what happens from now on."""
+    def _events(self, chosen: Chosen, expected: bool) -> Iterator[msgspec.Struct]:
+        """Tell what happens from now on to connections, or to what they expect."""
         ring = self._fw.net.events
         listener = ring.listen()
         told = 0
@@ -140,8 +162,8 @@ class FlowAnswers:
                     told = listener.lost
                 if event is None:
                     yield QUIET
-                elif chosen.matches(event.ct, event, event.now_ms):
-                    yield self._event(event)
+                elif (event.expect is not None) == expected and chosen.matches(event.ct, event, event.now_ms):
+                    yield self._event(event) if event.expect is None else self._expectation_event(event, event.expect)
                 else:
                     left -= 1
                     if not left:
@@ -167,6 +189,13 @@ class FlowAnswers:
             changes=[name for bit, name in IPCT_NAMES.items() if event.bits & bit],
             reason=CLOSED_NAMES[event.reason] if event.bits & IPCT_DESTROY else None,
             flow=flow,
+        )
+
+    def _expectation_event(self, event: Event, expect: Expect) -> api.ExpectationEvent:
+        return api.ExpectationEvent(
+            type=event.kind(),
+            time=flowrows.moment(event.now_ms, self.now_ms),
+            expectation=flowrows.expectation(expect, event.now_ms),
         )
 
 

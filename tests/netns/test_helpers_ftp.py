@@ -1,6 +1,7 @@
 """FTP by real programs: only the control port is allowed, and the helper lets the data connections through."""
 
 import ftplib
+import json
 import os
 import shutil
 import socket
@@ -172,6 +173,8 @@ def connect(host: Host, address: str, port: int, timeout_s: float = 10.0) -> soc
 
 def test_a_consumed_expectation_admits_no_second_connection(net: Network) -> None:
     with daemon(net.router, WITH) as fw:
+        events = net.router.start(*fw.command("events", "--expected", "-o", "json"))
+        wait_until(lambda: fw.stats()["listeners"] == 1, "the daemon has a listener")
         control = Control(net)
         tcp_listener(net.server, 4, 5000)
         control.say(control.server, f"227 Entering Passive Mode ({comma(net.server.ipv4, 5000)}).")
@@ -187,6 +190,27 @@ def test_a_consumed_expectation_admits_no_second_connection(net: Network) -> Non
         with pytest.raises(TimeoutError):
             connect(net.client, net.server.ipv4, 5000, 1.0)
         assert fw.wait_for_drop(reason="policy", dport=5000)["rule"] == "default-forward"
+        told = [json.loads(line) for line in events.output().splitlines()]
+        assert [(event["type"], event["expectation"]["id"]) for event in told[:2]] == [
+            ("NEW", expected["id"]),
+            ("DESTROY", expected["id"]),
+        ]
+
+
+def test_what_is_expected_can_be_killed(net: Network) -> None:
+    with daemon(net.router, WITH) as fw:
+        control = Control(net)
+        tcp_listener(net.server, 4, 5000)
+        control.say(control.server, f"227 Entering Passive Mode ({comma(net.server.ipv4, 5000)}).")
+        done = fw.cli("kill", "--expected", "--dry-run", "dst port 21")
+        assert f"{net.server.ipv4}:5000" in done.stdout
+        assert done.stderr == "1 expectation would be ended: nothing was changed.\n"
+        assert fw.cli("kill", "--expected", "dst port 21").stderr == "1 expectation ended.\n"
+        assert fw.json("flows", "--expected") == []
+        with pytest.raises(TimeoutError):
+            connect(net.client, net.server.ipv4, 5000, 1.0)
+        fw.wait_for_drop(reason="policy", dport=5000)
+        control.say(control.client, "NOOP")  # the control connection goes on
 
 
 def test_port_for_a_third_party_is_refused(net: Network) -> None:

@@ -192,9 +192,9 @@ def test_the_ring_keeps_its_length_when_its_setting_changes_and_loses_nothing_by
     heard = []
     for port in range(1, 31):
         if port == 7:
-            talk.net.sysctl.events_max = 20
+            talk.net.events.limit = 20
         if port == 15:
-            talk.net.sysctl.events_max = 2
+            talk.net.events.limit = 2
         talk.send(udp(sport=port))
         heard += [event.ct.id for event in rest(ring, listener)]
     assert heard == list(range(1, 31))

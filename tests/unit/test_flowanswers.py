@@ -9,8 +9,10 @@ from structlog.testing import capture_logs
 
 from conntrackd import api
 from conntrackd.api import RequestError
-from conntrackd.const import CLOSED_KILLED, IPPROTO_GRE, IPPROTO_ICMP
+from conntrackd.const import CLOSED_KILLED, IPPROTO_GRE, IPPROTO_ICMP, IPPROTO_UDP
 from conntrackd.core.conntrack import set_labels
+from conntrackd.core.expect import ANY_PORT, EXPECT_OK, expect_from
+from conntrackd.core.helpers import HELPERS
 from conntrackd.daemon.control import MORE, QUIET
 from tests.differential.packets import ACK, SYN
 from tests.unit import craft
@@ -249,3 +251,39 @@ def test_events_of_a_filter(lab: Lab) -> None:
         ("NEW", "udp", None), ("NEW", "tcp", "SYN_SENT"),
     ]  # fmt: skip
     assert heard.count(MORE) >= 5
+
+
+# --- What is expected ---------------------------------------------------------------------------------------------
+
+
+def expect_an_answer(lab: Lab) -> None:
+    """A connection to port 69 expects its answer from any port."""
+    lab.send(craft.udp(dport=69))
+    (ct,) = lab.connections()
+    ct.help = HELPERS["tftp"].new_help()
+    expect = expect_from(ct, 0, IPPROTO_UDP, craft.SERVER[4], ANY_PORT, craft.CLIENT[4], craft.SPORT)
+    assert lab.fw.net.table.expectations.insert(expect, False, 0, lab.now_ms) == EXPECT_OK
+
+
+def test_what_connections_expect_is_killed_and_they_go_on(lab: Lab) -> None:
+    expect_an_answer(lab)
+    assert lab.ask("kill", filter="dst port 70", expected=True) == []
+    (row,) = lab.ask("kill", uid=4242, filter="dst port 69", expected=True, dry_run=True)
+    assert (row["helper"], row["src"], row["dport"]) == ("tftp", "192.0.2.80", craft.SPORT)
+    assert len(lab.ask("expectations")) == 1
+    with capture_logs() as logs:
+        assert lab.ask("kill", filter="dst port 69", expected=True) == [row]
+    assert [(line["event"], line["count"], line["who"]) for line in logs] == [("expectations_killed", 1, "root")]
+    assert lab.ask("expectations") == []
+    assert lab.ask("count") == [{"count": 1}]
+
+
+def test_events_of_expectations_are_for_those_who_ask(lab: Lab) -> None:
+    of_connections, of_expectations = lab.begin("events"), lab.begin("events", expected=True)
+    assert next(of_connections) is next(of_expectations) is QUIET
+    expect_an_answer(lab)
+    lab.ask("kill", filter="all", expected=True)
+    events = [row for row in (next(of_expectations) for _ in range(4)) if isinstance(row, api.ExpectationEvent)]
+    assert [(event.type, event.expectation.id) for event in events] == [("NEW", 1), ("DESTROY", 1)]
+    told = [row for row in (next(of_connections) for _ in range(4)) if isinstance(row, api.Event)]
+    assert [(event.type, event.flow.orig.dport) for event in told] == [("NEW", 69)]

@@ -53,7 +53,7 @@ def sweep(table: Table, now_ms: int) -> int:
 
 @pytest.fixture
 def table() -> Table:
-    return Table(Sysctl(), Stats(), EventRing())
+    return Table(Sysctl(), Stats(), EventRing(8))
 
 
 def test_a_confirmed_connection_is_found_by_both_tuples(table: Table) -> None:

@@ -153,7 +153,7 @@ class Pptp(Helper):
         ct.stream_timeout_ms = CALL_STREAM_TIMEOUT_MS
         other = table.expectations.find(invert(expect.tuple), ct.zone, now_ms)
         if other is not None:
-            table.expectations.unlink(other)
+            table.expectations.unlink(other, now_ms)
 
     def restored(self, table: Table, ct: Conn) -> None:
         """Complete the packets of its call again."""
@@ -202,7 +202,7 @@ def expect_call(net: Conntrack, ct: Conn, info: PptpHelp, now_ms: int) -> None:
     if expectations.insert(outward, False, limit, now_ms) != EXPECT_OK:
         return
     if expectations.insert(inward, False, limit, now_ms) != EXPECT_OK:
-        expectations.unlink(outward)
+        expectations.unlink(outward, now_ms)
         return
     if not info.keymap:
         for key in (outward.tuple, inward.tuple):
@@ -210,8 +210,8 @@ def expect_call(net: Conntrack, ct: Conn, info: PptpHelp, now_ms: int) -> None:
             info.keymap.append(key)
     elif info.keymap != [outward.tuple, inward.tuple]:
         # A session has one call until it is disconnected.
-        expectations.unlink(outward)
-        expectations.unlink(inward)
+        expectations.unlink(outward, now_ms)
+        expectations.unlink(inward, now_ms)
 
 
 def without_own_id(key: bytes) -> bytes:
@@ -234,4 +234,4 @@ def end_call(table: Table, ct: Conn, info: PptpHelp, now_ms: int) -> None:
             continue
         for expect in list(info.expectations):
             if expect.tuple == key:
-                table.expectations.unlink(expect)
+                table.expectations.unlink(expect, now_ms)

@@ -122,10 +122,10 @@ class Sip(Helper):
         if method == b"REGISTER":
             return self.register(net, ct, info, text, reply, cseq, now_ms)
         if method == b"BYE":
-            self.end_media(net, info)
+            self.end_media(net, info, now_ms)
             return NF_ACCEPT
         if method == b"INVITE":
-            self.end_media(net, info)
+            self.end_media(net, info, now_ms)
         verdict = self.read_description(net, ct, text, reply, now_ms)
         if method == b"INVITE" and verdict == NF_ACCEPT:
             info.invite_cseq = cseq
@@ -146,7 +146,7 @@ class Sip(Helper):
             if 100 <= code <= 299:
                 return self.read_description(net, ct, text, reply, now_ms)
             if info.invite_cseq == cseq:
-                self.end_media(net, info)
+                self.end_media(net, info, now_ms)
         return NF_ACCEPT
 
     # --- Media ------------------------------------------------------------------------------------------------
@@ -218,14 +218,14 @@ class Sip(Helper):
         if second == EXPECT_OK or second == EXPECT_ALREADY:
             return True
         if inserted == EXPECT_OK:
-            expectations.unlink(rtp)
+            expectations.unlink(rtp, now_ms)
         return False
 
-    def end_media(self, net: Conntrack, info: SipHelp) -> None:
+    def end_media(self, net: Conntrack, info: SipHelp, now_ms: int) -> None:
         """Expect no media any more: the call is over, or described anew."""
         for expect in list(info.expectations):
             if expect.expect_class != SIGNALLING:
-                net.table.expectations.unlink(expect)
+                net.table.expectations.unlink(expect, now_ms)
 
     # --- Registration -----------------------------------------------------------------------------------------
 
@@ -278,7 +278,7 @@ class Sip(Helper):
                         return NF_ACCEPT
         for expect in list(info.expectations):
             if expect.expect_class == SIGNALLING:
-                net.table.expectations.unlink(expect)
+                net.table.expectations.unlink(expect, now_ms)
                 break
         return NF_ACCEPT
 
