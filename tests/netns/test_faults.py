@@ -81,8 +81,8 @@ def rules(net: Network) -> str:
 
 
 def sentence(output: str) -> str:
-    """The one line in which the operator is told; anything else on top fails the test."""
-    lines = [line for line in output.splitlines() if line.strip()]
+    """The one line in which the operator is told; anything else on top, but for the log, fails the test."""
+    lines = [line for line in output.splitlines() if line.strip() and not line.startswith('{"')]
     assert len(lines) == 1, output
     assert lines[0].endswith("."), output
     return lines[0]
