@@ -22,6 +22,7 @@ from conntrackd.cli.ctselect import (
     PORTS,
     OptionError,
     Selection,
+    choices,
     protocol_name,
     select,
 )
@@ -247,25 +248,14 @@ def _table(command: str, word: str) -> str:
 
 
 def _outputs(texts: list[str]) -> set[str]:
-    """Read -o xml,id; the beginning of a word is enough."""
-    chosen = set()
-    for each in ",".join(texts).split(",") if texts else []:
-        name = next((name for name in OUTPUTS if each and name.startswith(each.lower())), None)
-        if name is None:
-            raise OptionError(f"Bad parameter `{each}'")
-        chosen.add(name)
+    chosen = set(choices(texts, OUTPUTS))
     if "save" in chosen and len(chosen - {"userspace"}) > 1:
         raise OptionError("cannot combine save output with any other output type, use -o save only")
     return chosen
 
 
 def _event_types(texts: list[str]) -> set[str]:
-    types: set[str] = set()
-    for each in ",".join(texts).split(","):
-        if each.upper() not in EVENTS:
-            raise OptionError(f"Bad parameter `{each}'")
-        types.update(EVENTS[each.upper()])
-    return types
+    return {kind for name in choices(texts, tuple(EVENTS)) for kind in EVENTS[name]}
 
 
 def _labels(path: str) -> dict[int, str] | None:
@@ -297,11 +287,9 @@ def _document(xml: bool) -> Iterator[Callable[[str], None]]:
         begun = True
         print(line)
 
-    try:
-        yield put
-    finally:
-        if xml and begun:
-            print(ctformat.XML_END)
+    yield put
+    if xml and begun:
+        print(ctformat.XML_END)
 
 
 def _flows(path: str, selection: Selection) -> Iterator[api.Flow]:
@@ -313,8 +301,9 @@ def _flows(path: str, selection: Selection) -> Iterator[api.Flow]:
 def _dump(path: str, selection: Selection, line: Callable[[Message], str], xml: bool) -> int:
     count, now = 0, time.time()
     with _document(xml) as put:
-        for count, flow in enumerate(_flows(path, selection), 1):  # noqa: B007 - the count of all
+        for flow in _flows(path, selection):
             put(line(ctformat.of_flow(flow, now)))
+            count += 1
     _say(f"{count} flow entries have been shown.")
     return EXIT_OK
 

@@ -6,7 +6,7 @@ each connection that the daemon sends.
 
 import argparse
 import socket
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_address, ip_network
 from typing import Final, NamedTuple
 
@@ -17,7 +17,7 @@ Address = IPv4Address | IPv6Address
 
 MARK_MAX: Final = 0xFFFFFFFF
 PORT_PROTOCOLS: Final = ("tcp", "udp", "udplite", "sctp")
-WITH_OPTIONS: Final = (*PORT_PROTOCOLS, "icmp", "icmpv6", "gre")
+PROTOCOLS: Final = {"icmp": 1, "tcp": 6, "udp": 17, "gre": 47, "icmpv6": 58, "sctp": 132, "udplite": 136}
 TCP_STATES: Final = (
     "NONE", "SYN_SENT", "SYN_RECV", "ESTABLISHED", "FIN_WAIT", "CLOSE_WAIT", "LAST_ACK", "TIME_WAIT", "CLOSE",
     "SYN_SENT2",
@@ -27,7 +27,7 @@ SCTP_STATES: Final = (
     "SHUTDOWN_ACK_SENT", "HEARTBEAT_SENT",
 )  # fmt: skip
 STATES: Final = {"tcp": TCP_STATES, "sctp": SCTP_STATES}
-STATUSES: Final = ("ASSURED", "SEEN_REPLY", "FIXED_TIMEOUT", "EXPECTED")
+STATUSES: Final = ("ASSURED", "SEEN_REPLY", "UNSET", "FIXED_TIMEOUT", "EXPECTED", "UNREPLIED")
 
 # Options of one protocol, by the names of their places: which protocols have them, and what they say.
 PORTS: Final = {
@@ -102,14 +102,28 @@ def number(text: str, what: str, highest: int) -> int:
     return value
 
 
+def choices(texts: Iterable[str], names: Sequence[str]) -> list[str]:
+    """Read names with commas between them, in either case; the beginning of a name is enough."""
+    return [choice(each, names) for text in texts for each in text.split(",")]
+
+
+def choice(text: str, names: Sequence[str]) -> str:
+    """Find the first name that begins with this text."""
+    for name in names:
+        if text and name.lower().startswith(text.lower()):
+            return name
+    raise OptionError(f"Bad parameter `{text}'")
+
+
 def _protocol_number(text: str) -> int:
-    if text.lower() == "icmpv6":
-        return socket.IPPROTO_ICMPV6
+    name = text.lower()
+    if name in PROTOCOLS:
+        return PROTOCOLS[name]
+    if text.isdecimal() and int(text) < 256:
+        return int(text)
     try:
-        return socket.getprotobyname(text.lower())
+        return socket.getprotobyname(name)
     except OSError:
-        if text.isdecimal() and int(text) < 256:
-            return int(text)
         raise OptionError(f"`{text}' unsupported protocol") from None
 
 
@@ -118,7 +132,7 @@ def protocol_name(text: str | None) -> str:
     if text is None:
         return ""
     number = _protocol_number(text)
-    return next((name for name in WITH_OPTIONS if number == _protocol_number(name)), "")
+    return next((name for name, its_number in PROTOCOLS.items() if its_number == number), "")
 
 
 def _family(args: argparse.Namespace) -> str:
@@ -211,13 +225,9 @@ def _status(text: str) -> list[str]:
     """Read `-u ASSURED,!SEEN_REPLY`: all of them."""
     words = []
     for each in text.split(","):
-        name = each.upper().removeprefix("!")
-        if name == "UNREPLIED" and not each.startswith("!"):
-            words.append("unreplied")
-        elif name in STATUSES:
+        name = choice(each.removeprefix("!"), STATUSES)
+        if name != "UNSET":
             words.append(f"{'not ' if each.startswith('!') else ''}status {name}")
-        elif name != "UNSET":
-            raise OptionError(f"Bad parameter `{each}'")
     return words
 
 

@@ -1,7 +1,6 @@
 """`conntrackd ct` beside conntrack(8): in one router the kernel and the daemon track the same packets."""
 
 import contextlib
-import io
 import re
 import signal
 import socket
@@ -14,7 +13,6 @@ from xml.etree import ElementTree
 
 import pytest
 
-from conntrackd.cli.main import build_parser
 from tests.differential import packets
 from tests.lab import daemon as lab
 from tests.lab.daemon import Daemon, daemon
@@ -22,6 +20,7 @@ from tests.lab.network import Network, Process, network, wait_until
 from tests.lab.programs import program
 from tests.lab.traffic import AF, Arrivals, inject, tcp_pair, udp_socket
 from tests.netns.test_helpers_ftp import WITH, Control, comma
+from tests.unit.client import conntrackd_here
 from tests.unit.craft import sctp_init
 
 # What each tracker has of its own: time that passes, numbers, and who asked.
@@ -83,16 +82,7 @@ class Twin(NamedTuple):
         return self.net.router.run("conntrack", *words, check=False)
 
     def ours(self, *words: str) -> subprocess.CompletedProcess[str]:
-        """Run ours, in this process: what it costs to start Python is not the question here."""
-        argv = self.fw.command("ct", *words)[1:]
-        out, err = io.StringIO(), io.StringIO()
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            try:
-                args = build_parser(argv).parse_args(argv)
-                code = args.func(args)
-            except SystemExit as end:
-                code = end.code
-        return subprocess.CompletedProcess(argv, code, out.getvalue(), err.getvalue())
+        return conntrackd_here(*self.fw.command("ct", *words)[1:])
 
     def settle(self, count: int) -> None:
         """Wait until both list so many connections, and the same: no packet is on its way that one has not seen."""

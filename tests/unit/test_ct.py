@@ -10,6 +10,7 @@ import pytest
 
 from conntrackd import api
 from conntrackd.daemon.control import QUIET, Asked
+from tests.unit.client import conntrackd_here
 from tests.unit.served import served
 from tests.unit.test_cli import CONNTRACKD, conntrackd, flow, ping
 
@@ -44,7 +45,7 @@ class Daemon:
 
     def ct(self, *words: str) -> tuple[int, list[str], str]:
         self.asked.clear()
-        done = conntrackd("ct", *words, "--socket", self.path)
+        done = conntrackd_here("ct", *words, "--socket", self.path)
         return done.returncode, done.stdout.splitlines(), done.stderr
 
 
@@ -64,7 +65,9 @@ def daemon(tmp_path: Path) -> Iterator[Daemon]:
         ("-L -s 10.0.0.77/8", "ipv4 and src net 10.0.0.0/8"),
         ("-L -r fd00::80 -q fd00::5", "ipv6 and reply src host fd00::80 and reply dst host fd00::5"),
         ("-L -u ASSURED,!EXPECTED -m 0x10/0xff", "status ASSURED and not status EXPECTED and mark 16/255"),
-        ("-L -u UNREPLIED -w 7 -i 3", "unreplied and zone 7 and id 3"),
+        ("-L -u UNREPLIED -w 7 -i 3", "status UNREPLIED and zone 7 and id 3"),
+        ("-L -u seen,!unrep,UNSET", "status SEEN_REPLY and not status UNREPLIED"),
+        ("-L -p ICMPv6", "proto 58"),
         ("-L -p udp --reply-port-src 53 --reply-port-dst 010", "proto 17 and reply src port 53 and reply dst port 8"),
     ],
 )
@@ -129,7 +132,7 @@ def test_deletion_of_what_a_filter_can_not_say_goes_by_number(daemon: Daemon) ->
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_events_until_a_signal_and_what_was_lost(daemon: Daemon, number: signal.Signals) -> None:
-    words = [str(CONNTRACKD), "ct", "-E", "-e", "NEW", "-o", "xml", "-p", "tcp", "--socket", daemon.path]
+    words = [str(CONNTRACKD), "ct", "-E", "-e", "new,upd", "-o", "xml", "-p", "tcp", "--socket", daemon.path]
     with subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         head = [process.stdout.readline() for _ in range(3)]
@@ -195,12 +198,12 @@ def test_flows_speaks_the_same_formats(daemon: Daemon) -> None:
         ("xml", ["-o", "xml"]),
     ):
         _, lines, _ = daemon.ct("-L", *option)
-        done = conntrackd("flows", "-o", output, "tcp", "and", "src", "port", "1", "--socket", daemon.path)
+        done = conntrackd_here("flows", "-o", output, "tcp", "and", "src", "port", "1", "--socket", daemon.path)
         assert (done.stdout.splitlines(), done.returncode, done.stderr) == (lines, 0, "")
         assert daemon.asked[-1] == ("flows", "tcp and src port 1")
     daemon.flows = []
-    empty = conntrackd("flows", "-o", "xml", "--socket", daemon.path)
+    empty = conntrackd_here("flows", "-o", "xml", "--socket", daemon.path)
     assert empty.stdout == '<?xml version="1.0" encoding="utf-8"?>\n<conntrack>\n</conntrack>\n'
     assert daemon.ct("-L", "-o", "xml")[1] == []  # as the tool
     for words in ("--expected",), ("--by", "src"):
-        assert conntrackd("flows", "-o", "save", *words, "--socket", daemon.path).returncode == 2
+        assert conntrackd_here("flows", "-o", "save", *words, "--socket", daemon.path).returncode == 2
