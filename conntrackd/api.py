@@ -476,6 +476,12 @@ class Mistake(msgspec.Struct):
     source: str
 
 
+class Finding(Mistake, kw_only=True):
+    """One entry of what `check` has found."""
+
+    kind: str  # error, warning
+
+
 class Change(msgspec.Struct, kw_only=True):
     """What came of reload, apply, confirm or rollback."""
 

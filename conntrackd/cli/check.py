@@ -2,10 +2,11 @@
 
 import argparse
 import dataclasses
-import json
 import sys
 
-from conntrackd import config
+import msgspec
+
+from conntrackd import api, config
 from conntrackd.cli.output import EXIT_FAILED, EXIT_OK, EXIT_USAGE
 
 
@@ -33,14 +34,14 @@ def run(args: argparse.Namespace) -> int:
         checked = config.load(args.file)
     except config.ConfigErrors as errors:
         if args.output == "json":
-            print(json.dumps([_entry("error", error) for error in errors.errors], indent=2))
+            _print("error", errors.errors)
         else:
             print(errors, file=sys.stderr)
         return EXIT_USAGE
     warnings = lint(checked, args.here)
     cuts = cuts_ssh(checked)
     if args.output == "json":
-        print(json.dumps([_entry("warning", warning) for warning in warnings], indent=2))
+        _print("warning", warnings)
     else:
         for warning in warnings:
             print(warning.write("warning"), file=sys.stderr)
@@ -51,5 +52,6 @@ def run(args: argparse.Namespace) -> int:
     return EXIT_FAILED if args.strict and (warnings or cuts) else EXIT_OK
 
 
-def _entry(kind: str, error: config.ConfigError) -> dict[str, object]:
-    return {"kind": kind} | dataclasses.asdict(error)
+def _print(kind: str, found: list[config.ConfigError]) -> None:
+    findings = [api.Finding(kind=kind, **dataclasses.asdict(error)) for error in found]
+    print(msgspec.json.format(msgspec.json.encode(findings)).decode())

@@ -36,7 +36,7 @@ COMMANDS = {
     "history": "list the generations of the policy, or print the files of one",
     "ct": "speak conntrack(8): its options and its output, for existing scripts",
     "completion": "print the script by which bash, zsh or fish completes this command line",
-    "schema": "print the JSON Schema of the configuration, for editors",
+    "schema": "print the JSON Schema of the configuration, or of what a command prints with -o json",
 }
 
 
