@@ -17,7 +17,9 @@ OUTPUTS: Final[dict[str, tuple[Any, ...]]] = {
     "count": (api.Count,),
     "kill": (list[api.Flow],),
     "events": (api.Event, api.Lost),  # each line
+    "trace": (api.TraceBegin, api.TraceStep, api.TraceLost),  # each line
     "drops": (list[api.Drop],),
+    "drops --by": (list[api.DropGroup],),
     "status": (api.Status,),
     "stats": (api.Stats,),
     "rules": (list[api.RuleRow],),

@@ -175,6 +175,25 @@ def test_events(router: Router) -> None:
     assert (event["type"], event["flow"]["orig"]["dport"]) == ("NEW", 5454)
 
 
+def test_trace(router: Router) -> None:
+    tracing = router.net.router.start(
+        *router.fw.command("trace", "udp and dst port 5456", "-o", "json", "--for", "30s")
+    )
+    tracing.wait_for_output('"BEGIN"')
+    udp_socket(router.net.client, 4).sendto(b"x", (router.net.server.ipv4, 5456))
+    tracing.wait_for_output('"hook":"POSTROUTING"')
+    wait_until(lambda: tracing.output().endswith("\n"), "the line is whole")
+    tracing.stop()
+    begin, *steps = [check("trace", line) for line in tracing.output().splitlines()]
+    assert begin["type"] == "BEGIN"
+    assert [step["hook"] for step in steps[:2]] == ["PREROUTING", "POSTROUTING"]  # what the server answers may follow
+
+
+def test_groups_of_drops(router: Router) -> None:
+    rows = router.json("drops --by", "drops", "icmp", "--by", "src")
+    assert [row["key"] for row in rows] == [router.net.server.ipv4]
+
+
 def test_expected(router: Router) -> None:
     assert router.json("flows --expected", "flows", "--expected") == []
 
