@@ -1,5 +1,9 @@
 """Who has a helper, what it is shown, and what comes of its verdict."""
 
+import re
+from pathlib import Path
+from typing import Any
+
 import pytest
 
 from conntrackd.config import parse
@@ -152,3 +156,19 @@ def test_what_a_helper_drops_is_counted_and_leaves_no_connection(crossing: Cross
     assert crossing.fw.drop_counts == {"helper": 2}
     crossing.listens.verdict = NF_ACCEPT
     assert crossing.send(tcp(ACK | PSH, 101, 901, data=b"question")) == MARK_ESTABLISHED
+
+
+def test_the_example_of_the_guide_works() -> None:
+    guide = Path(__file__).parents[2] / "docs" / "helpers.md"
+    _, example, _ = re.split(r"^```(?:python)?\n", guide.read_text().split("## Writing one")[1], maxsplit=2, flags=re.M)
+    namespace: dict[str, Any] = {}
+    exec(example, namespace)  # noqa: S102 - our own documentation
+    net = Conntrack(Sysctl())
+    key = get_tuple(tcp(SYN, dport=7000), 0)
+    ct = Conn(key, invert(key), IPPROTO_TCP, START_MS)
+    assign_helper(ct, namespace["Parcel"]())
+    net.table.insert(ct, START_MS)
+    assert ct.help is not None
+    for answer, expected in ((b"PORT 80", 0), (b"PORT x", 0), (b"PORT 1025", 1)):
+        assert ct.help.helper.help(net, ct, Message(answer, 0, 0, True), START_MS) == NF_ACCEPT
+        assert len(ct.help.expectations) == expected
