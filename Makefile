@@ -37,6 +37,12 @@ $(STAMP): requirements/debian.txt requirements/debian-build.txt requirements/bui
 demo: setup ## the main job on real packets in a private network (STAY=1 leaves it up)
 	@$(BIN)/python -m tests.demo $(if $(STAY),--stay)
 
+screenshots: setup ## take the pictures of the README anew, of a real daemon
+	@$(BIN)/python -m tests.screenshots
+
+man: setup ## write what the man pages say of commands and options anew
+	@$(BIN)/python -m tests.manpages
+
 COMPILED := build/compiled/.done
 compile: setup $(COMPILED) ## the package with its packet path compiled by mypyc, in build/compiled
 
@@ -178,6 +184,7 @@ LOCK = $(BIN)/uv pip compile -q --universal --generate-hashes --python-version 3
 lock: setup ## write requirements/*.lock anew from requirements/build.in and pyproject.toml
 	$(LOCK) --upgrade requirements/build.in -o requirements/build.lock
 	$(LOCK) --upgrade --extra metrics pyproject.toml -o requirements/run.lock
+	$(LOCK) --upgrade --extra top pyproject.toml -o requirements/top.lock
 	$(LOCK) --upgrade --extra dev pyproject.toml -o requirements/dev.lock
 	$(LOCK) --upgrade --extra bench pyproject.toml -o requirements/bench.lock
 

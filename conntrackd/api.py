@@ -15,7 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 from msgspec import UNSET, UnsetType
@@ -79,6 +79,15 @@ class DropArgs(msgspec.Struct, forbid_unknown_fields=True):
 
     filter: str = ""
     last_ms: int = 0
+
+
+class TopArgs(msgspec.Struct, forbid_unknown_fields=True):
+    """The arguments of `top`: which connections, in which groups and order, and how many rows at most."""
+
+    filter: str = ""
+    by: Literal["flow", "src", "dst", "zone", "rule"] = "flow"
+    sort: Literal["rate", "bytes", "packets", "age", "flows"] = "rate"
+    limit: Annotated[int, msgspec.Meta(ge=1, le=500)] = 50
 
 
 class TraceArgs(msgspec.Struct, forbid_unknown_fields=True):
@@ -265,6 +274,35 @@ class DropGroup(msgspec.Struct):
     count: int
     last: str  # RFC 3339, UTC
     reasons: dict[str, int]
+
+
+class Top(msgspec.Struct, kw_only=True):
+    """The first row of `top`: the connections that the filter chooses, together."""
+
+    flows: int  # in the table
+    chosen: int
+    packets: int
+    bytes: int
+    rate: int | None  # bytes per second since `top` was asked before; null: nobody has asked of late
+
+
+class TopFlow(msgspec.Struct, kw_only=True):
+    """A connection that leads (`top`)."""
+
+    flow: Flow
+    rate: int | None
+
+
+class TopGroup(msgspec.Struct, kw_only=True):
+    """A group of connections that leads (`top`)."""
+
+    by: str
+    key: str  # an address, a rule, or zones as `lan > wan`; "": all that there was no room for
+    flows: int
+    packets: int
+    bytes: int
+    rate: int | None
+    age_seconds: int  # of the oldest
 
 
 class TraceBegin(msgspec.Struct, kw_only=True):

@@ -73,7 +73,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "completion",
         help="print the script by which bash, zsh or fish completes this command line",
-        description="bash: source <(conntrackd completion bash); zsh the same, after compinit; "
+        description="Bash: source <(conntrackd completion bash); zsh the same, after compinit; "
         "fish: conntrackd completion fish > ~/.config/fish/completions/conntrackd.fish",
     )
     shells = parser.add_subparsers(dest="shell", metavar="SHELL", required=True)

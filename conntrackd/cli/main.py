@@ -21,6 +21,7 @@ COMMANDS = {
     "flow": "show everything about one connection",
     "count": "count the connections",
     "kill": "end connections",
+    "top": "watch the connections that lead by rate, bytes or age; end some",
     "stats": "show the counters",
     "events": "follow what happens to connections",
     "drops": "list the packets dropped most recently, and why",

@@ -46,6 +46,7 @@ from conntrackd.daemon.rulesjob import RulesJob
 from conntrackd.daemon.simulate import SimulateError, Track, tracking
 from conntrackd.daemon.state import State
 from conntrackd.daemon.statusanswers import StatusAnswers
+from conntrackd.daemon.topanswers import TopAnswers
 from conntrackd.daemon.trace import Tracing
 from conntrackd.daemon.watch import TableWatch
 from conntrackd.hooks import Firewall
@@ -140,6 +141,7 @@ class Daemon:
         )
         self._policy_answers = PolicyAnswers(fw, self._links)
         self._drop_answers = DropAnswers(fw, self._links)
+        self._top_answers = TopAnswers(fw, self._links)
         self._tracing = Tracing(fw, mark, queues, self._links)
         self._restart = Restart()
         self._parts = (
@@ -148,6 +150,7 @@ class Daemon:
             self._status_answers,
             self._policy_answers,
             self._drop_answers,
+            self._top_answers,
             self._tracing,
             self._generations,
             self._restart,
@@ -270,7 +273,7 @@ class Daemon:
         assert self._control is not None
         self._control.now_ms = self._answers.now_ms = self._flow_answers.now_ms = now_ms
         self._status_answers.now_ms = self._policy_answers.now_ms = self._drop_answers.now_ms = now_ms
-        self._generations.now_ms = now_ms
+        self._top_answers.now_ms = self._generations.now_ms = now_ms
         if self._exporter is not None:
             self._exporter.now_ms = now_ms
 
@@ -351,6 +354,8 @@ class Daemon:
                 if self._exporter is not None:
                     self._exporter.tick()
                 self._watch.tick()
+                self._top_answers.now_ms = now_ms
+                self._top_answers.tick()
                 self._health.tick(now_ms)
                 self._generations.now_ms = now_ms
                 self._generations.tick()

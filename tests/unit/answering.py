@@ -18,6 +18,7 @@ from conntrackd.daemon.flowanswers import FlowAnswers
 from conntrackd.daemon.links import Links
 from conntrackd.daemon.mark import Mark
 from conntrackd.daemon.queue import Queue
+from conntrackd.daemon.topanswers import TopAnswers
 from conntrackd.daemon.trace import Tracing
 from conntrackd.hooks import Firewall, post_routing, pre_routing
 from conntrackd.policy.compile import compile as compile_ruleset
@@ -55,6 +56,8 @@ class Lab:
         self.answers = Answers(self.fw, links, self.queues, BEGIN)
         self.drop_answers = DropAnswers(self.fw, links)
         self.drop_answers.now_ms = BEGIN
+        self.top_answers = TopAnswers(self.fw, links)
+        self.top_answers.now_ms = BEGIN
         self.tracing = Tracing(self.fw, mark, self.queues, links)
         self.flow_answers = FlowAnswers(self.fw, links)
         self.flow_answers.now_ms = BEGIN
@@ -66,6 +69,7 @@ class Lab:
     def wait(self, seconds: float) -> None:
         self.answers.now_ms += int(seconds * 1000)
         self.flow_answers.now_ms = self.drop_answers.now_ms = self.answers.now_ms
+        self.top_answers.now_ms = self.answers.now_ms
 
     def send(self, data: bytes, iif: int = LAN, oif: int = WAN) -> None:
         bits = pre_routing(self.fw, data, NF_INET_PRE_ROUTING, iif, self.now_ms)
@@ -78,7 +82,7 @@ class Lab:
     def begin(self, command: str, uid: int = 0, **args: Any) -> Iterator[msgspec.Struct | None]:
         """Ask, and get what stands in place of rows, too."""
         asked = Asked(command, args, 4711, uid)
-        for part in (self.answers, self.flow_answers, self.drop_answers, self.tracing):
+        for part in (self.answers, self.flow_answers, self.drop_answers, self.top_answers, self.tracing):
             rows = part.rows(asked)
             if rows is not None:
                 return rows

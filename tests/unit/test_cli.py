@@ -159,7 +159,7 @@ def test_broken_pipe_is_silent(tmp_path: Path, output: str) -> None:
     assert len(done.stdout.splitlines()) == 1
 
 
-@pytest.mark.parametrize("words", ["status", "flows", "drops", "trace", "rules", "completion bash"])
+@pytest.mark.parametrize("words", ["status", "flows", "drops", "trace", "rules", "top", "completion bash"])
 def test_the_client_loads_little(words: str) -> None:
     """What the daemon and the configuration need takes longer to import than a client may take to answer."""
     code = (
