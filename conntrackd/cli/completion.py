@@ -104,7 +104,7 @@ def complete(words: Sequence[str]) -> Iterator[tuple[str, str]]:
     socket, places = None, 0
     for word in before:
         subparsers = _subparsers(parser)
-        if option is not None:
+        if option is not None and not (option.nargs == "?" and word.startswith("-")):
             socket = word if option.dest == "socket" else socket
             option = None
         elif word.startswith("-"):
@@ -114,7 +114,7 @@ def complete(words: Sequence[str]) -> Iterator[tuple[str, str]]:
             parser, places = subparsers.choices[word], 0
         else:
             places += 1
-    if option is None and current.startswith("-"):
+    if current.startswith("-") and (option is None or option.nargs == "?"):
         options: Words = _options(parser)
     else:
         action = option or _place(parser, places)
@@ -210,6 +210,12 @@ def _states(_daemon: Asker, _before: Sequence[str]) -> Words:
     return [(name, "") for name in STATE_NAMES]
 
 
+def _helpers(_daemon: Asker, _before: Sequence[str]) -> Words:
+    from conntrackd.core.helpers import HELPERS
+
+    return [(name, "") for name in sorted(HELPERS)]
+
+
 def _filter(daemon: Asker, before: Sequence[str]) -> Words:
     """Complete a filter: a name behind a word that wants one, else a word of the language."""
     from conntrackd.filter import WORDS
@@ -221,8 +227,9 @@ def _filter(daemon: Asker, before: Sequence[str]) -> Words:
 Live = Callable[[Asker, Sequence[str]], Words]
 IN_FILTER: dict[str, Live] = {
     "rule": _rules, "state": _states, "in": _interfaces, "out": _interfaces, "id": _flows, "zone": _zones,
+    "helper": _helpers,
 }  # fmt: skip
 # By the name of the argument.
 LIVE: dict[str, Live] = {
-    "filter": _filter, "rule": _rules, "name": _sets, "generation": _generations, "id": _flows,
+    "filter": _filter, "name": _sets, "generation": _generations, "id": _flows, "state": _states, "zone": _zones,
 }  # fmt: skip
