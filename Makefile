@@ -37,8 +37,8 @@ $(STAMP): requirements/debian.txt requirements/debian-build.txt requirements/bui
 demo: setup ## the main job on real packets in a private network (STAY=1 leaves it up)
 	@$(BIN)/python -m tests.demo $(if $(STAY),--stay)
 
-screenshots: setup ## take the pictures of the README anew, of a real daemon
-	@$(BIN)/python -m tests.screenshots
+screenshots: compile ## take the pictures of the README anew, of a real daemon
+	@PYTHONPATH=build/compiled $(BIN)/python -m tests.screenshots
 
 man: setup ## write what the man pages say of commands and options anew
 	@$(BIN)/python -m tests.manpages

@@ -152,7 +152,8 @@ def _values(action: argparse.Action, daemon: "Asker", before: Sequence[str]) -> 
 
 
 def _meaning(action: argparse.Action) -> str:
-    return " ".join((action.help or "").replace("%(default)s", str(action.default)).replace("%%", "%").split())
+    text = (action.help or "").replace("%(default)s", str(action.default)).replace("%%", "%")
+    return " ".join(text.replace("%(choices)s", ", ".join(map(str, action.choices or ()))).split())
 
 
 # --- What the daemon knows ------------------------------------------------------------------------------------------
