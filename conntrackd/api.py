@@ -409,6 +409,15 @@ class Problem(msgspec.Struct):
     message: str
 
 
+class Diagnosis(msgspec.Struct):
+    """One finding of `doctor`."""
+
+    name: str  # the same for the same matter, for scripts; where all is well that of the check
+    severity: str  # ok, warning, error
+    message: str
+    advice: str = ""  # empty where nothing is to be done
+
+
 class Limit(msgspec.Struct):
     """How much is used of something that has a limit."""
 

@@ -22,6 +22,7 @@ OUTPUTS: Final[dict[str, tuple[Any, ...]]] = {
     "drops --by": (list[api.DropGroup],),
     "status": (api.Status,),
     "stats": (api.Stats,),
+    "doctor": (list[api.Diagnosis],),
     "rules": (list[api.RuleRow],),
     "explain": (list[api.ExplainStep],),
     "set list": (list[api.SetRow],),

@@ -17,6 +17,7 @@ COMMANDS = {
     "check": "check a configuration file; changes nothing",
     "rules": "install, remove or show the rules that bring packets to the daemon; show what the policy's rules did",
     "status": "show the state of the running daemon",
+    "doctor": "say what on this machine keeps conntrackd from its work, and what to do about it",
     "flows": "list the connections, in an order or in groups; --watch them",
     "flow": "show everything about one connection",
     "count": "count the connections",

@@ -193,14 +193,14 @@ class Queue:
 
     def _set_size(self, max_length: int, socket_buffer: int) -> None:
         self.max_length = max_length
-        self.wanted_buffer = min(max(socket_buffer, max_length * SOCKET_BYTES_PER_PACKET), SOCKET_BUFFER_MAX)
+        self.wanted_buffer = wanted_buffer(max_length, socket_buffer)
 
     def _why_not(self) -> str:
         owner = kernel_queues().get(self.number)
         if owner is None:
             return f"Queue {self.number} can't be bound: the kernel refused it and nobody else holds it."
         return (
-            f"Queue {self.number} is already bound by {_process(owner.portid)}: "
+            f"Queue {self.number} is already bound by {process(owner.portid)}: "
             "stop it, or set another queue number in the configuration."
         )
 
@@ -360,6 +360,11 @@ def _unused(_packet: object) -> None:
     """Stand where NetfilterQueue wants a callback: its loop never runs."""
 
 
+def wanted_buffer(max_length: int, socket_buffer: int) -> int:
+    """Bytes that a queue's socket is to hold: as configured, and enough for the packets that may wait."""
+    return min(max(socket_buffer, max_length * SOCKET_BYTES_PER_PACKET), SOCKET_BUFFER_MAX)
+
+
 def kernel_queues() -> dict[int, KernelQueue]:
     """The queues that are bound in this network namespace, by number."""
     try:
@@ -370,7 +375,7 @@ def kernel_queues() -> dict[int, KernelQueue]:
     return {row[0]: KernelQueue(row[1], row[2], row[5], row[6], row[7]) for row in rows}
 
 
-def _process(portid: int) -> str:
+def process(portid: int) -> str:
     """Name the owner of a netlink port: its number is as a rule the owner's process id."""
     try:
         name = Path(f"/proc/{portid}/comm").read_text().strip()

@@ -117,13 +117,25 @@ def remove() -> None:
     Both kinds of iptables are looked through and no configuration is asked: this is the way out when it is
     broken.
     """
-    found = {tool: _ours(tool) for tool in _installed_tools()}
+    found = {tool: _ours(tool) for tool in installed_tools()}
     for tool, ours in found.items():
         if ours:
             _restore(tool, _removal(ours))
 
 
-def _installed_tools() -> list[str]:
+def tried(config: Config, tool: str) -> str:
+    """Load our rules in a network namespace that ends with the trial; returns what iptables-save prints there.
+
+    Raises RulesError with what iptables or the kernel says against them.
+    """
+    text = _filling(plan(config, _input_table(tool)), {})
+    done = _run(["unshare", "--net", "sh", "-c", f"{tool}-restore --noflush -w {WAIT_S} && {tool}-save"], text)
+    if done.returncode != 0:
+        raise RulesError(_sentence(f"{tool}-restore", done.stderr))
+    return done.stdout
+
+
+def installed_tools() -> list[str]:
     """Name the iptables and ip6tables commands of this machine, each kind once."""
     kinds = [kind for kind in ("-legacy", "-nft") if shutil.which(f"iptables{kind}-save")] or [""]
     return [f"{family}{kind}" for kind in kinds for family in ("iptables", "ip6tables")]
