@@ -13,7 +13,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from typing import Annotated, Any, Final, Literal
 
@@ -374,6 +374,7 @@ class QueueStatus(msgspec.Struct):
     dropped: int  # by our verdict
     errors: int  # packets on which our own code failed; their verdict is the configured one
     verdict_errors: int  # messages with verdicts that the kernel did not take
+    overruns: int  # times that the kernel said that the socket's buffer had been full
     latency_us: dict[str, int]  # packets by the time from wake-up to verdict: at most so many microseconds
     socket_buffer: int  # bytes that the kernel may hold for the daemon, as granted
     waiting: int
@@ -507,6 +508,7 @@ class Stats(msgspec.Struct):
     events_lost: int  # that a listener was too slow for
     ctinfo: dict[str, int]  # packets by classification; the INVALID ones by reason
     drops: dict[str, int]  # packets by the reason they were dropped for
+    faults: dict[str, int]  # how often things went wrong, by the names that `status` has for them
     rules: list[RuleHits]
     queues: list[QueueStatus]
 
@@ -666,7 +668,8 @@ def _asked(path: str, command: str, args: dict[str, Any], timeout_s: float) -> I
         connection.settimeout(timeout_s)
         try:
             connection.connect(path)
-            connection.sendall(msgspec.json.encode(Request(VERSION, command, args)) + b"\n")
+            with suppress(BrokenPipeError):  # a client too many is answered before it has asked
+                connection.sendall(msgspec.json.encode(Request(VERSION, command, args)) + b"\n")
             yield connection
         except (FileNotFoundError, ConnectionRefusedError):
             raise DaemonNotRunningError(f"No conntrackd answers on {path}: it is not running.") from None

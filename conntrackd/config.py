@@ -319,6 +319,7 @@ class OnException(Section):
     table_full: Verdict = "drop"
     internal_error: Verdict = "drop"
     queue_overflow: Verdict = "drop"
+    suspend: Literal["expire", "keep"] = "expire"
 
 
 class Reload(Section):

@@ -29,6 +29,7 @@ from conntrackd.const import (
     IPS_DYING,
     IPS_EXPECTED,
     IPS_SEEN_REPLY,
+    MARK_CLASS,
     MARK_ESTABLISHED,
     MARK_INVALID,
     MARK_NEW,
@@ -94,6 +95,7 @@ class Firewall:
         self.ruleset = ruleset
         self.checksum = True  # whether the packet in hand carries a checksum that nobody has verified; set by the edge
         self.drop_counts: dict[str, int] = {}  # packets by reason
+        self.unseen = 0  # packets that the second hook saw and the first had not
         # The most recent drops, newest at drops_next - 1: (now_ms, reason, rule, tuple, iif, oif).
         self.drops: list[tuple[int, str, str, bytes, int, int]] = []
         self.drops_next = 0
@@ -156,6 +158,8 @@ def post_routing(
     """
     table = fw.net.table
     zone = fw.net.zone_of(iif, mark)
+    if not mark_bits & MARK_CLASS:
+        fw.unseen += 1
     key = packet_tuple(data)
     if key:
         if key[0] == IPPROTO_GRE:

@@ -29,6 +29,7 @@ def run(args: argparse.Namespace) -> int:
         ("ENDED", stats.closed),
         ("PACKETS", stats.ctinfo),
         ("DROPPED", stats.drops),
+        ("FAULTS", stats.faults),
     ):
         table((title, "COUNT"), [(name, str(count)) for name, count in counts.items() if count])
         print()

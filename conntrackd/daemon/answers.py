@@ -8,6 +8,7 @@ from conntrackd import api
 from conntrackd.const import CLOSED_NAMES, CTINFO_NAMES
 from conntrackd.daemon import flowrows
 from conntrackd.daemon.control import Asked
+from conntrackd.daemon.faults import Faults
 from conntrackd.daemon.links import Links
 from conntrackd.daemon.queue import Queue
 from conntrackd.daemon.statusanswers import queue_statuses
@@ -17,11 +18,12 @@ from conntrackd.hooks import Firewall
 class Answers:
     """What can be asked besides connections and the policy. `now_ms` is set by the loop whenever it wakes."""
 
-    def __init__(self, fw: Firewall, links: Links, queues: tuple[Queue, Queue], now_ms: int) -> None:
+    def __init__(self, fw: Firewall, links: Links, queues: tuple[Queue, Queue], faults: Faults, now_ms: int) -> None:
         self.now_ms = now_ms
         self._fw = fw
         self._links = links
         self._queues = queues
+        self._faults = faults
 
     def rows(self, asked: Asked) -> Iterator[msgspec.Struct | None] | None:
         """Begin to answer a command; None if it is none of these."""
@@ -71,6 +73,7 @@ class Answers:
             events_lost=self._fw.net.events.lost,
             ctinfo={name: stats.ctinfo[ctinfo] for ctinfo, name in CTINFO_NAMES.items()},
             drops=dict(self._fw.drop_counts),
+            faults=self._faults.counts(),
             rules=[
                 api.RuleHits(rule.name, "accept" if rule.accept else "drop", rule.hits)
                 for rule in self._fw.ruleset.rules

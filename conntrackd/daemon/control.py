@@ -101,6 +101,9 @@ class Control:
         self._selector = selector
         self._answer = answer
         self._encoder = msgspec.json.Encoder()
+        self.closed = 0  # clients that hung
+        self.refused = 0  # clients that were too many
+        self.failed = 0  # requests on which our own code failed
         self._clients: set[_Client] = set()
         self._waiting: list[_Client] = []  # for rows that were not there yet
         self._lock = lock if lock >= 0 else _lock(self._path)
@@ -118,9 +121,10 @@ class Control:
             return  # it left again, or we are out of descriptors: it may come again
         connection.setblocking(False)
         client = _Client(connection, self.now_ms)
-        self._clients.add(client)
         self._selector.register(connection, selectors.EVENT_READ, partial(self._serve, client))
+        self._clients.add(client)
         if len(self._clients) > CLIENTS_MAX:
+            self.refused += 1
             self._refuse(client, f"There are {CLIENTS_MAX} clients on the control socket already: try later.")
             self._serve(client, selectors.EVENT_WRITE)
 
@@ -136,8 +140,9 @@ class Control:
         except OSError:
             self._close(client)
         except Exception:
-            log.exception("control_failed")
+            self.failed += 1
             self._close(client)
+            log.exception("control_failed")
 
     def _read(self, client: _Client) -> None:
         data = client.connection.recv(READ_MAX)
@@ -261,6 +266,7 @@ class Control:
         for client in list(self._clients):
             idle = client.quiet and not client.output
             if not idle and self.now_ms - client.active_ms > PATIENCE_MS:
+                self.closed += 1
                 self._close(client)
 
     def close(self) -> None:

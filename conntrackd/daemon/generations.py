@@ -353,8 +353,11 @@ def _needs_restart(before: Config | None, after: Config) -> list[str]:
         for name in type(after.queue).model_fields
         if getattr(before.queue, name) != getattr(after.queue, name)
     ]
-    if before.exception.queue_overflow != after.exception.queue_overflow:
-        changed.append("exception.queue_overflow")
+    changed += [
+        f"exception.{name}"
+        for name in ("queue_overflow", "suspend")
+        if getattr(before.exception, name) != getattr(after.exception, name)
+    ]
     remarks = []
     if changed:
         remarks.append(f"{', '.join(changed)}: counts from the next start on, after `conntrackd rules install`.")

@@ -32,6 +32,7 @@ from conntrackd.daemon.answers import Answers
 from conntrackd.daemon.control import Asked, Control, ControlError
 from conntrackd.daemon.dropanswers import DropAnswers
 from conntrackd.daemon.exporter import Exporter, ExporterError
+from conntrackd.daemon.faults import Faults
 from conntrackd.daemon.flowanswers import FlowAnswers
 from conntrackd.daemon.generations import Generations
 from conntrackd.daemon.handover import Restart
@@ -43,7 +44,8 @@ from conntrackd.daemon.notify import Notify
 from conntrackd.daemon.policyanswers import PolicyAnswers
 from conntrackd.daemon.queue import Queue, QueueError
 from conntrackd.daemon.rulesjob import RulesJob
-from conntrackd.daemon.simulate import SimulateError, Track, tracking
+from conntrackd.daemon.simulate import Parts, SimulateError
+from conntrackd.daemon.simulate import parts as simulate_parts
 from conntrackd.daemon.state import State
 from conntrackd.daemon.statusanswers import StatusAnswers
 from conntrackd.daemon.topanswers import TopAnswers
@@ -68,6 +70,8 @@ STATUS_MS: Final = 5000  # how often the service manager is told how we are
 RATE_MS: Final = 10
 COALESCE_RATE: Final = 20  # packets per millisecond
 COALESCE_S: Final = 100e-6
+EVENTS_MAX: Final = 3  # two queues and all else
+RESERVE_BYTES: Final = 8 << 20  # to go on with when there is no more memory
 SOON_MS: Final = 5  # while something is under way beside the packets
 DRAIN_MS: Final = 1000  # how long a stopping daemon gives verdicts to what already waits
 
@@ -79,45 +83,44 @@ def run(file: str, socket_path: str, simulate: str | None, rehearse: bool = Fals
 
     `rehearse`: only go as far as one can without taking hold of anything.
     """
-    log_setup.configure()
     faulthandler.enable()  # a watchdog's SIGABRT says where the loop is stuck
     try:
-        track = tracking(simulate)
+        parts = simulate_parts(simulate)
         config = config_file.load(file)
     except (SimulateError, ConfigErrors) as error:
         print(error, file=sys.stderr)  # noqa: T201 - for the operator, who reads it as it is
         return EXIT_USAGE
-    daemon = Daemon(config, file, track)
+    sink = log_setup.configure()
+    daemon = Daemon(config, file, parts, sink)
     if rehearse:
         daemon.close()
         return EXIT_OK
     try:
         daemon.open(socket_path, handover.heirlooms())
     except (ControlError, ExporterError, QueueError) as error:
-        print(error, file=sys.stderr)  # noqa: T201
+        sys.stderr.write(f"{error}\n")  # in one piece, for the log writes there, too
         return EXIT_FAILED
     else:
         return daemon.loop()
     finally:
         daemon.close()
-
-
-def monotonic_ms() -> int:
-    """Read the clock that every time in the daemon is of."""
-    return time.monotonic_ns() // 1_000_000
+        sink.flush()
 
 
 class Daemon:
     """The parts, and the loop that drives them."""
 
-    def __init__(self, config: Config, file: str, track: Track) -> None:
+    def __init__(self, config: Config, file: str, parts: Parts, sink: log_setup.Sink) -> None:
         self._stop = 0  # the signal that ends the loop
         self._failed = False
         self._config = config
+        self._wrap_answer = parts.answer
+        self._sink = sink
         self._notify = Notify()
         self._starting: RulesJob | None = None
         self._selector = selectors.EpollSelector()
-        now_ms = monotonic_ms()
+        self._clock = parts.clock(config.exception.suspend == "expire")
+        now_ms = self._clock.now_ms()
         self._links = Links()
         ruleset = compile_ruleset(config, generation=1)
         self._net = Conntrack(config.sysctl())
@@ -128,14 +131,18 @@ class Daemon:
         self._answerer = Answerer(mark)
         accept_on_error = self._generations.accept_on_error
         track_number, confirm_number = config.queue.numbers
-        self._track = Queue(track_number, fw, mark, accept_on_error, track)
+        self._track = Queue(track_number, fw, mark, accept_on_error, parts.track, parts.inbox, parts.write)
         self._confirm = Queue(confirm_number, fw, mark, accept_on_error)
         queues = (self._track, self._confirm)
-        self._answers = Answers(fw, self._links, queues, now_ms)
+        self._faults = Faults(fw)
+        self._faults.watch("log_lost", lambda: sink.lost)
+        self._faults.watch("suspended", lambda: self._clock.suspended)
+        self._faults.watch("clock_set", lambda: self._clock.set)
+        self._answers = Answers(fw, self._links, queues, self._faults, now_ms)
         self._state = State(config, fw, self._links, self._generations, now_ms)
         self._flow_answers = FlowAnswers(fw, self._links)
         self._health = health = Health(fw, queues, self._generations, now_ms)
-        health.sources.append(self._state.problems)
+        health.sources += [self._state.problems, self._faults.problems]
         self._status_answers = StatusAnswers(
             version("conntrackd"), fw, self._links, queues, self._generations, health, self._state, now_ms
         )
@@ -162,6 +169,7 @@ class Daemon:
         self._packets = select.epoll()
         self._packets.register(self._selector.fileno(), select.EPOLLIN)
         self._wakeup, self._wakeup_write = socket.socketpair()
+        self._reserve = bytes(RESERVE_BYTES)
 
     def open(self, socket_path: str, heirlooms: dict[str, int]) -> None:
         """Take hold of the sockets, the signals and the queues, some of which the process before has left to us.
@@ -169,10 +177,14 @@ class Daemon:
         Raises ControlError, ExporterError or QueueError.
         """
         listener, lock = heirlooms.pop(handover.LISTENER, -1), heirlooms.pop(handover.LOCK, -1)
-        self._control = Control(socket_path, self._selector, self._answer, listener, lock)
+        answer = self._wrap_answer(self._answer)
+        self._control = control = Control(socket_path, self._selector, answer, listener, lock)
+        self._faults.watch("clients_closed", lambda: control.closed)
+        self._faults.watch("clients_refused", lambda: control.refused)
+        self._faults.watch("requests_failed", lambda: control.failed)
         if self._config.metrics.listen:
             self._exporter = self._export(endpoint(self._config.metrics.listen))
-        self._state.now_ms = self._generations.now_ms = monotonic_ms()
+        self._state.now_ms = self._generations.now_ms = self._clock.now_ms()
         self._state.open()
         state = heirlooms.pop(handover.STATE, -1)
         if state >= 0:
@@ -264,7 +276,7 @@ class Daemon:
 
     def _read_clock(self) -> int:
         """Read the clock once for everything that this wake-up does."""
-        now_ms = monotonic_ms()
+        now_ms = self._clock.now_ms()
         self._track.now_ms = self._confirm.now_ms = now_ms
         return now_ms
 
@@ -285,6 +297,32 @@ class Daemon:
 
     def loop(self) -> int:
         """Serve until a signal says stop; then give verdicts to what waits. Returns the exit code."""
+        # Python's collector looks for cycles in every object there is, and would hold the packets up for as long as the
+        # table is big. Connections have no cycles: they go when the table lets go of them.
+        garbage.freeze()
+        garbage.disable()
+        while not self._stop:
+            try:
+                self._serve()
+            except MemoryError:
+                self._save_memory()
+        log.info("stopping", signal=signal.Signals(self._stop).name)
+        self._notify.stopping()
+        self._leave_rules()
+        self._drain()
+        self._state.now_ms = self._read_clock()
+        self._leave_queues()
+        self._state.last()
+        return EXIT_FAILED if self._failed else EXIT_OK
+
+    def _save_memory(self) -> None:
+        """Go on without more memory: the table is as big as it gets, and what was kept for this is given back."""
+        self._reserve = b""
+        self._net.sysctl.max = max(1, self._net.table.count)
+        self._faults.out_of_memory += 1
+
+    def _serve(self) -> None:
+        """Turn the loop until a signal says stop."""
         assert self._control is not None
         now_ms = self._read_clock()
         gc_ms = tick_ms = rate_ms = now_ms
@@ -292,12 +330,8 @@ class Daemon:
         # The watchdog is fed here and nowhere else: a loop that is stuck is what it is for.
         period_ms = min(TICK_MS, self._notify.watchdog_ms or TICK_MS)
         counted = told_seq = told_packets = 0
-        many = False
+        many = rested = False
         track_fd, confirm_fd = self._track.fileno(), self._confirm.fileno()
-        # Python's collector looks for cycles in every object there is, and would hold the packets up for as long as the
-        # table is big. Connections have no cycles: they go when the table lets go of them.
-        garbage.freeze()
-        garbage.disable()
         while not self._stop:
             wake_ms = min(gc_ms, tick_ms)
             if self._control.waits() or self._generations.busy():
@@ -306,7 +340,7 @@ class Daemon:
                 wake_ms = min(wake_ms, now_ms + SOON_MS)
             if self._state.busy():
                 wake_ms = min(wake_ms, now_ms + 1)
-            ready = self._packets.poll(max(0, wake_ms - now_ms) / 1000)
+            ready = self._packets.poll(max(0, wake_ms - now_ms) / 1000, EVENTS_MAX)
             now_ms = self._read_clock()
             confirm_waits = track_waits = others_wait = False
             for fd, _ in ready:
@@ -348,7 +382,12 @@ class Daemon:
                 told_seq = self._net.events.seq + self._tracing.seq
                 self._set_time(now_ms)
                 self._control.wake()
+            rested |= emptied
             if now_ms >= tick_ms:
+                self._faults.tick(now_ms, rested, self._clock.look())
+                rested = False
+                self._track.send()
+                self._confirm.send()
                 self._control.now_ms = now_ms
                 self._control.tick()
                 if self._exporter is not None:
@@ -374,14 +413,6 @@ class Daemon:
                 counted, rate_ms = packets, now_ms + RATE_MS
             if many and emptied:
                 time.sleep(COALESCE_S)
-        log.info("stopping", signal=signal.Signals(self._stop).name)
-        self._notify.stopping()
-        self._leave_rules()
-        self._drain()
-        self._state.now_ms = self._read_clock()
-        self._leave_queues()
-        self._state.last()
-        return EXIT_FAILED if self._failed else EXIT_OK
 
     def _leave_queues(self) -> None:
         """Let go of the queues before the disk is waited for: what comes now is dropped, or passes, as the rules say.
@@ -407,6 +438,7 @@ class Daemon:
         with handover.state_in_memory(self._state) as file:
             fds = {handover.queue_name(queue.number): queue.fileno() for queue in (self._track, self._confirm)}
             fds |= {handover.STATE: file.fileno(), handover.LISTENER: listener, handover.LOCK: lock}
+            self._sink.flush()
             self._restart.failed(handover.become_next(fds, self._notify.environment()))
 
     def _leave_rules(self) -> None:
@@ -439,6 +471,8 @@ class Daemon:
         if self._exporter is not None:
             self._exporter.close()
         signal.set_wakeup_fd(-1)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, signal.SIG_IGN)  # Python takes its handlers away while it ends, and we are ending
         self._wakeup.close()
         self._wakeup_write.close()
         self._notify.close()

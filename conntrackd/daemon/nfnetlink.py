@@ -19,8 +19,8 @@ LITTLE_ENDIAN: Final = sys.byteorder == "little"
 NFNL_SUBSYS_QUEUE: Final = 3
 NFQNL_MSG_PACKET: Final = NFNL_SUBSYS_QUEUE << 8 | 0
 NFQNL_MSG_VERDICT: Final = NFNL_SUBSYS_QUEUE << 8 | 1
-NFQNL_MSG_VERDICT_BATCH: Final = NFNL_SUBSYS_QUEUE << 8 | 3
 NFQNL_MSG_CONFIG: Final = NFNL_SUBSYS_QUEUE << 8 | 2
+NFQNL_MSG_VERDICT_BATCH: Final = NFNL_SUBSYS_QUEUE << 8 | 3
 
 # Attributes of packets and verdicts [enum nfqnl_attr_type].
 NFQA_PACKET_HDR: Final = 1

@@ -62,6 +62,7 @@ SOCKET_BYTES_PER_PACKET: Final = 2304
 SOCKET_BUFFER_MAX: Final = (1 << 30) - 1  # the kernel's own limit
 SO_RCVBUFFORCE: Final = 33
 SO_MEMINFO: Final = 55  # begins with the bytes in use and the limit
+VERDICTS_AT_ONCE: Final = 1024  # in one message: more would not fit the kernel's default for a socket
 LOG_PAUSE_MS: Final = 1000
 # Of the calling thread: tests run queues in the network namespace of a thread.
 PROC: Final = Path("/proc/thread-self/net/netfilter/nfnetlink_queue")
@@ -89,7 +90,7 @@ class Queue:
     """One bound queue.
 
     `accept_on_error` is the verdict for a packet on which our own code failed; `now_ms` is set by the loop before each
-    turn. `track` is hooks.pre_routing, or a stand-in that fails on purpose.
+    turn. `track` is hooks.pre_routing; it, `inbox` and `write` may be stand-ins that fail on purpose.
     """
 
     def __init__(
@@ -99,6 +100,8 @@ class Queue:
         mark: Mark,
         accept_on_error: bool,
         track: Callable[[Firewall, bytes, int, int, int, int], int] = pre_routing,
+        inbox: Callable[[int, int], Inbox] = Inbox,
+        write: Callable[[int, bytes], int] = os.write,
     ) -> None:
         self.number = number
         self.max_length = 0  # packets that may wait, and bytes of them, as they were asked for
@@ -121,9 +124,12 @@ class Queue:
         self._unlogged = 0
         self._nfqueue: NetfilterQueue | None = None
         self._fd = -1
-        self._inbox = Inbox(MESSAGES_AT_ONCE, MESSAGE_MAX)
+        self._inbox = inbox(MESSAGES_AT_ONCE, MESSAGE_MAX)
+        self._write = write
         self._head = verdict_head(number, VERDICT.size)
         self._verdicts: list[bytes] = []
+        # There was no memory in the middle of so many messages: all that have no verdict yet are dropped.
+        self._abandoned = 0
 
     def bind(self, max_length: int, socket_buffer: int, flags: int) -> None:
         """Bind the queue, `max_length` packets long; the buffer (bytes) holds as many. Raises QueueError.
@@ -219,6 +225,8 @@ class Queue:
     def turn(self, budget: int) -> bool:
         """Give verdicts until the queue is empty or `budget` packets are done; say whether it was emptied."""
         woken_ns = time.monotonic_ns()
+        if self._verdicts or self._abandoned:
+            self.send()
         left = budget
         emptied = False
         while left > 0 and not emptied:
@@ -232,9 +240,13 @@ class Queue:
                     raise
                 self.overruns += 1  # said once; what is in the buffer is still to be read
                 continue
-            for slot in range(received):
-                self.on_message(self._inbox.message(slot))
-            self._send()
+            try:
+                for slot in range(received):
+                    self.on_message(self._inbox.message(slot))
+            except MemoryError:
+                self.errors += 1
+                self._abandoned = received
+            self.send()
             left -= received
             emptied = received < wanted
         if left < budget:
@@ -310,19 +322,27 @@ class Queue:
             return self._track(self._fw, data, hook, iif, self.now_ms, mark)
         return post_routing(self._fw, data, self._mark.read(mark), hook, iif, oif, self.now_ms, mark)
 
-    def _send(self) -> None:
-        """Send the collected verdicts; the kernel carries them out before this returns."""
-        if not self._verdicts:
-            return
-        message = b"".join(self._verdicts)
-        self._verdicts.clear()
-        try:
-            os.write(self._fd, message)
-        except OSError as error:
-            self.verdict_errors += 1
-            if self._may_log():
-                log.warning("verdicts_refused", queue=self.number, error=error.strerror, suppressed=self._unlogged)
-                self._unlogged = 0
+    def send(self) -> None:
+        """Send the collected verdicts; the kernel carries them out before this returns.
+
+        What it does not take is kept and sent again, by the next turn or the loop's next tick: a packet without a
+        verdict holds its place in the queue for ever. There are never more of them than the queue has places.
+        """
+        if self._abandoned:
+            newest = u32(self._inbox.message(self._abandoned - 1), PACKET_ID_AT)
+            self._verdicts = [drop_up_to(self.number, newest)]
+            self._abandoned = 0
+        while self._verdicts:
+            part = self._verdicts[:VERDICTS_AT_ONCE]
+            try:
+                self._write(self._fd, b"".join(part))
+            except OSError as error:
+                self.verdict_errors += 1
+                if self._may_log():
+                    log.warning("verdicts_refused", queue=self.number, error=error.strerror, suppressed=self._unlogged)
+                    self._unlogged = 0
+                return
+            del self._verdicts[: len(part)]
 
     def _observe(self, took_us: int, packets: int) -> None:
         """Count packets in the latency histogram: none waited longer for its verdict than the whole turn took."""
@@ -338,13 +358,16 @@ class Queue:
         self.errors += 1
         self.errors_accepted += self.accept_on_error
         if self._may_log():
-            log.exception(
-                "packet_failed",
-                queue=self.number,
-                verdict="accept" if self.accept_on_error else "drop",
-                suppressed=self._unlogged,
-            )
-            self._unlogged = 0
+            try:
+                log.exception(
+                    "packet_failed",
+                    queue=self.number,
+                    verdict="accept" if self.accept_on_error else "drop",
+                    suppressed=self._unlogged,
+                )
+                self._unlogged = 0
+            except MemoryError:
+                self._unlogged += 1  # the packet needs its verdict more than its line
         return bits if self.accept_on_error else DROP
 
     def _may_log(self) -> bool:

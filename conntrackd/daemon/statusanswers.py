@@ -93,6 +93,7 @@ def queue_statuses(queues: Sequence[Queue]) -> list[api.QueueStatus]:
                 dropped=queue.dropped,
                 errors=queue.errors,
                 verdict_errors=queue.verdict_errors,
+                overruns=queue.overruns,
                 latency_us=dict(zip(LATENCY_LABELS, queue.latency, strict=True)),
                 socket_buffer=queue.socket_memory()[1],
                 waiting=known.waiting,

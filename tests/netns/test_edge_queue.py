@@ -1,6 +1,9 @@
 """One queue on real packets: budgets, and a verdict on every path."""
 
+import errno
+import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -9,6 +12,7 @@ from conntrackd import config
 from conntrackd.core.net import Conntrack
 from conntrackd.core.sysctl import Sysctl
 from conntrackd.daemon.mark import Mark
+from conntrackd.daemon.mmsg import Inbox
 from conntrackd.daemon.queue import LOG_PAUSE_MS, Queue, QueueError
 from conntrackd.hooks import Firewall, pre_routing
 from conntrackd.policy.compile import compile as compile_ruleset
@@ -32,10 +36,10 @@ class Failing:
         return pre_routing(fw, data, hook, iif, now_ms, mark)
 
 
-def make(number: int, track: Failing, accept_on_error: bool = False) -> Queue:
+def make(number: int, track: Failing, accept_on_error: bool = False, **parts: Any) -> Queue:
     checked = config.parse(b"version = 1\n", "test.toml")
     fw = Firewall(Conntrack(Sysctl()), compile_ruleset(checked, 1))
-    return Queue(number, fw, Mark(0xFC000000), accept_on_error, track)
+    return Queue(number, fw, Mark(0xFC000000), accept_on_error, track, **parts)
 
 
 @pytest.fixture
@@ -128,3 +132,64 @@ def test_length_and_copy_range_are_the_kernels(net: Network, queue: Queue) -> No
     while not queue.turn(16):
         pass
     assert queue.packets == MAX_LENGTH
+
+
+class Forgetful(Inbox):
+    """Finds no memory for a message until told otherwise."""
+
+    fails = True
+
+    def message(self, slot: int) -> bytes:
+        if self.fails and slot > 1:
+            raise MemoryError
+        return super().message(slot)
+
+
+def test_no_memory_in_the_middle_leaves_no_packet_without_a_verdict(net: Network, router: Host) -> None:
+    inboxes = []
+
+    def inbox(slots: int, size: int) -> Inbox:
+        inboxes.append(Forgetful(slots, size))
+        return inboxes[-1]
+
+    queue = make(5, Failing(), inbox=inbox)
+    router.call(lambda: queue.bind(MAX_LENGTH, BUFFER, 0))
+    try:
+        send(net, 10)
+        with pytest.raises(MemoryError):
+            queue.turn(64)
+        with pytest.raises(MemoryError):  # not even for the verdict
+            queue.turn(64)
+        assert queues(net.router)[5].waiting == 10
+        inboxes[0].fails = False
+        queue.turn(64)
+        assert queues(net.router)[5].waiting == 0
+        assert queue.errors == 1
+    finally:
+        queue.unbind()
+
+
+def test_verdicts_that_are_not_taken_are_kept(net: Network, router: Host) -> None:
+    refuses = True
+
+    def write(fd: int, message: bytes) -> int:
+        if refuses:
+            raise OSError(errno.ENOBUFS, "no room")
+        return os.write(fd, message)
+
+    queue = make(5, Failing(), write=write)
+    router.call(lambda: queue.bind(MAX_LENGTH, BUFFER, 0))
+    try:
+        with capture_logs() as logs:
+            send(net, 3)
+            queue.turn(64)
+            send(net, 3, 6)
+            queue.turn(64)
+        assert queues(net.router)[5].waiting == 6
+        assert queue.verdict_errors >= 2
+        assert [entry["event"] for entry in logs] == ["verdicts_refused"]
+        refuses = False
+        queue.send()
+        assert queues(net.router)[5].waiting == 0
+    finally:
+        queue.unbind()

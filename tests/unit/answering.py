@@ -14,6 +14,7 @@ from conntrackd.core.sysctl import Sysctl
 from conntrackd.daemon.answers import Answers
 from conntrackd.daemon.control import MORE, Asked
 from conntrackd.daemon.dropanswers import DropAnswers
+from conntrackd.daemon.faults import Faults
 from conntrackd.daemon.flowanswers import FlowAnswers
 from conntrackd.daemon.links import Links
 from conntrackd.daemon.mark import Mark
@@ -53,12 +54,14 @@ class Lab:
         links.names = NAMES
         mark = Mark(checked.queue.mark_mask)
         self.queues = (Queue(0, self.fw, mark, False), Queue(1, self.fw, mark, False))
-        self.answers = Answers(self.fw, links, self.queues, BEGIN)
+        self.answers = Answers(self.fw, links, self.queues, Faults(self.fw), BEGIN)
         self.drop_answers = DropAnswers(self.fw, links)
         self.drop_answers.now_ms = BEGIN
         self.top_answers = TopAnswers(self.fw, links)
         self.top_answers.now_ms = BEGIN
         self.tracing = Tracing(self.fw, mark, self.queues, links)
+        queues = (Queue(0, self.fw, mark, False), Queue(1, self.fw, mark, False))
+        self.answers = Answers(self.fw, links, queues, Faults(self.fw), BEGIN)
         self.flow_answers = FlowAnswers(self.fw, links)
         self.flow_answers.now_ms = BEGIN
 

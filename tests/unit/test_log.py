@@ -6,16 +6,38 @@ import pty
 import subprocess
 import sys
 
+from conntrackd.daemon.log import LINES_MAX, Sink
+
+# stderr is a full disk for two lines, and then is not.
+LOST = """
+import os, sys, time
+import structlog
+from conntrackd.daemon import log
+stderr, full = os.dup(2), os.open("/dev/full", os.O_WRONLY)
+os.dup2(full, 2)
+sink = log.configure()
+logger = structlog.get_logger()
+logger.info("before")
+logger.info("before")
+while sink.lost < 2:
+    time.sleep(0.01)
+os.dup2(stderr, 2)
+logger.info("after")
+while not sink.told:
+    time.sleep(0.01)
+sink.flush()
+"""
 PROGRAM = """
 import structlog
 from conntrackd.daemon import log
-log.configure()
+sink = log.configure()
 logger = structlog.get_logger()
 logger.debug("left_out")
 try:
     1 / 0
 except ZeroDivisionError:
     logger.exception("failed", queue=1)
+sink.flush()
 """
 
 
@@ -43,3 +65,53 @@ def test_readable_on_a_terminal() -> None:
     assert b"ZeroDivisionError" in text
     assert b'"event"' not in text
     assert b"left_out" not in text
+
+
+def test_a_reader_that_reads_nothing_holds_nobody_up() -> None:
+    """More lines than a pipe and the daemon hold: nothing waits, and whoever reads again is told what is missing."""
+    read_end, write_end = os.pipe()
+    sink = Sink(write_end)
+    lines = 3 * LINES_MAX
+    for number in range(lines):
+        sink.msg(f"line {number} {'x' * 100}")
+    assert 0 < sink.lost < lines
+    text = b""
+    while text.count(b"\n") < lines - sink.lost:
+        text += os.read(read_end, 1 << 16)
+    assert text.startswith(b"line 0 ")
+    sink.flush()
+    os.close(write_end)
+    os.close(read_end)
+
+
+def test_a_full_disk_loses_lines_and_nothing_else() -> None:
+    full = os.open("/dev/full", os.O_WRONLY)
+    sink = Sink(full)
+    for number in range(10):
+        sink.msg(f"line {number}")
+    sink.flush()
+    assert sink.lost == 10
+    os.close(full)
+
+
+def test_lines_go_on_when_there_is_room_again_and_say_what_was_lost() -> None:
+    done = subprocess.run([sys.executable, "-c", LOST], capture_output=True, text=True, check=True)
+    first, second = map(json.loads, done.stderr.splitlines())
+    assert first["event"] == "after"
+    assert (second["event"], second["lines"]) == ("log_lost", 2)
+
+
+def test_a_descriptor_that_was_made_nonblocking_loses_nothing() -> None:
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    sink = Sink(write_end)
+    line = "x" * (1 << 16)
+    for _ in range(4):
+        sink.msg(line)
+    text = b""
+    while len(text) < 4 * (len(line) + 1):
+        text += os.read(read_end, 1 << 16)
+    sink.flush()
+    assert sink.lost == 0
+    os.close(write_end)
+    os.close(read_end)
