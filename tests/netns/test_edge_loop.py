@@ -28,7 +28,11 @@ while True:
 def flood(request: pytest.FixtureRequest, net: Network, fw: Daemon) -> Iterator[Process]:
     """More packets than the daemon can take, until its queue runs over."""
     sender = net.client.start(sys.executable, "-c", FLOOD, net.server.ipv4, str(request.param))
+    # Compiled it may keep up with one sender, so it is held until its queue is full.
+    assert fw.process is not None
+    fw.process.signal(signal.SIGSTOP)
     wait_until(lambda: fw.queues()[0].dropped_full > 0, "the queue runs over", 30.0)
+    fw.process.signal(signal.SIGCONT)
     yield sender
     sender.kill()
 
