@@ -134,6 +134,9 @@ bench-table: compile $(BENCH) ## the table at a million connections (CONNECTIONS
 bench-flows: compile $(BENCH) ## listing 200,000 flows while 5,000 packets a second go through (FLOWS=200000 OUT=DIR)
 	@$(BIN)/python -m benchmarks.flows $(if $(FLOWS),--flows $(FLOWS)) $(if $(OUT),--out $(OUT))
 
+bench-snapshot: compile $(BENCH) ## what a snapshot and a restore of many connections cost the loop (CONNECTIONS="200000 1000000" PURE=1)
+	@$(BIN)/python -m benchmarks.snapshot $(if $(CONNECTIONS),--connections $(CONNECTIONS)) $(if $(PURE),--core compiled --core pure)
+
 profile: compile $(BENCH) ## where the time of conntrackd goes (WORK=udp|full|conns CONTESTANTS=f,g SECONDS=5 OUT=DIR)
 	@$(BIN)/python -m benchmarks.profile $(if $(WORK),--work $(WORK)) $(if $(CONTESTANTS),--contestants $(CONTESTANTS)) \
 	    $(if $(SECONDS),--seconds $(SECONDS)) $(if $(OUT),--out $(OUT))

@@ -23,6 +23,7 @@ COMPILED = (
     "daemon/mark.py",
     "daemon/nfnetlink.py",
     "daemon/queue.py",
+    "daemon/restore.py",
 )
 
 

@@ -64,10 +64,10 @@ def accept_signals() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
 
 
-def state_in_memory(state: State) -> BinaryIO:
-    """Write a snapshot of now into memory that can be handed over."""
+def state_in_memory(state: State, exact: bool) -> BinaryIO:
+    """Write a snapshot of now into memory that can be handed over; `exact` as for `State.freezing`."""
     file = os.fdopen(os.memfd_create("conntrackd-state", os.MFD_CLOEXEC), "wb")
-    for piece in state.freezing().pieces(unconfirmed=True):
+    for piece in state.freezing(exact).pieces(unconfirmed=True):
         file.write(piece)
     file.flush()
     return file

@@ -425,7 +425,7 @@ class Daemon:
             return
         self._track.leave()
         self._confirm.leave()
-        with handover.state_in_memory(self._state) as file:
+        with handover.state_in_memory(self._state, self._state.nothing_passes()) as file:
             self._notify.store(handover.STATE, [file.fileno()])
 
     def _become_next(self) -> None:
@@ -435,7 +435,7 @@ class Daemon:
         self._drain()
         self._state.now_ms = self._read_clock()
         listener, lock = self._control.fds()
-        with handover.state_in_memory(self._state) as file:
+        with handover.state_in_memory(self._state, exact=True) as file:
             fds = {handover.queue_name(queue.number): queue.fileno() for queue in (self._track, self._confirm)}
             fds |= {handover.STATE: file.fileno(), handover.LISTENER: listener, handover.LOCK: lock}
             self._sink.flush()

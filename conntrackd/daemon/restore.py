@@ -2,6 +2,8 @@
 
 What has expired meanwhile is left out, and so is what the limits have no room for, the least recently seen first.
 Interfaces are found again by their names, rules too; a connection whose rule is gone goes on as after a reload.
+
+After a crash packets have passed that the snapshot does not know of: TCP's numbers are taken as they come then.
 """
 
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from conntrackd.core.account import Account
 from conntrackd.core.conn import Conn
 from conntrackd.core.expect import EXPECT_OK
 from conntrackd.core.helpers import HELPERS
+from conntrackd.core.proto.tcp import TcpConn, forget_windows
 from conntrackd.core.rows import ConnRow, read_conn, read_expect, row_end
 from conntrackd.daemon.links import Links
 from conntrackd.daemon.snapshot import (
@@ -47,6 +50,7 @@ class Restored:
     def __init__(self, head: Head, now: Moment) -> None:
         self.generation = head.generation
         self.config = head.config
+        self.exact = head.exact
         self.same_boot = head.boot_id == now.boot_id and head.boot_id != "" and head.mono_ms <= now.mono_ms
         away_ms = now.mono_ms - head.mono_ms if self.same_boot else now.wall_ms - head.wall_ms
         # A machine without a battery for its clock may know less of the time than before: nothing is deducted then.
@@ -55,6 +59,7 @@ class Restored:
         self.shift_ms = now.mono_ms - self.away_ms - head.mono_ms
         self.flows = 0
         self.expired = 0
+        self.stale = 0  # TCP that was about to begin, and may have begun since: its next packet shows
         self.refused = 0  # by a limit, or because they are no connections
         self.expectations = 0
         self.addresses = 0
@@ -122,6 +127,11 @@ class _Restoring:
             self.restored.refused += 1
             return
         ct, table = row.ct, self.fw.net.table
+        if not self.restored.exact and isinstance(ct, TcpConn):
+            if not ct.status & IPS_ASSURED:
+                self.restored.stale += 1
+                return
+            forget_windows(ct)
         ct.seen_ms = min(ct.seen_ms, self.now_ms)
         if not ct.status & IPS_CONFIRMED:
             table.hold_unconfirmed(ct, self.now_ms)

@@ -77,6 +77,7 @@ class Head(msgspec.Struct):
     boot_id: str
     generation: Annotated[int, msgspec.Meta(ge=0, lt=1 << 30)]
     config: str  # fingerprint of the configuration
+    exact: bool  # no packet has passed since: who wrote it judged no more, and nothing passed by
 
 
 class RuleTotals(msgspec.Struct):
@@ -111,11 +112,11 @@ STATS: Final = tuple(
 class Freezing:
     """A snapshot that is being written; `flows` are the connections so far."""
 
-    def __init__(self, fw: Firewall, links: dict[int, str], moment: Moment, config: str) -> None:
+    def __init__(self, fw: Firewall, links: dict[int, str], moment: Moment, config: str, exact: bool) -> None:
         self.flows = 0
         self._fw = fw
         self._links = links
-        self._head = Head(*moment, fw.ruleset.generation, config)
+        self._head = Head(*moment, fw.ruleset.generation, config, exact)
         self._names = Names()
         self._rows: list[bytes] = []
         self._size = 0

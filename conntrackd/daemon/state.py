@@ -102,6 +102,7 @@ class State:
             "snapshot_restored",
             flows=restored.flows,
             expired=restored.expired,
+            stale=restored.stale,
             refused=restored.refused,
             expectations=restored.expectations,
             addresses=restored.addresses,
@@ -145,7 +146,7 @@ class State:
         elif piece:
             writing.give(piece)
 
-    def _begin(self) -> None:
+    def _begin(self, exact: bool = False) -> None:
         assert self._file is not None
         self._begun_ms = self.now_ms
         self._next_ms = self.now_ms + self._period_ms
@@ -154,7 +155,7 @@ class State:
         except (OSError, RuntimeError) as error:
             self._fail(str(error))
             return
-        self._freezing = self.freezing()
+        self._freezing = self.freezing(exact)
         self._pieces = self._freezing.pieces()
 
     def _end(self, writing: Writing) -> None:
@@ -189,7 +190,7 @@ class State:
             self._writing.abandon()
             self._writing.wait(LAST_S)
         if self._writing is None or self._writing.done:
-            self._begin()
+            self._begin(self.nothing_passes())
             writing = self._writing
             if writing is None:
                 return
@@ -204,9 +205,16 @@ class State:
                 return
         self._fail(f"the disk took more than {LAST_S:g} s")
 
-    def freezing(self) -> Freezing:
-        """Begin a snapshot of what there is now."""
-        return Freezing(self._fw, self._links.absent | self._links.names, self._moment(), self._generations.fingerprint)
+    def nothing_passes(self) -> bool:
+        """Whether no packet passes while nobody reads the queues."""
+        config = self._generations.config()
+        return config.rules.at_stop == "keep" and not config.queue.bypass
+
+    def freezing(self, exact: bool) -> Freezing:
+        """Begin a snapshot of what there is now; `exact` if it is the last, and nothing passes after it."""
+        return Freezing(
+            self._fw, self._links.absent | self._links.names, self._moment(), self._generations.fingerprint, exact
+        )
 
     def _moment(self) -> Moment:
         return Moment(self.now_ms, time.time_ns() // 1_000_000, self._boot_id)

@@ -115,7 +115,7 @@ def seeds() -> list[bytes]:
             post_routing(fw, packet, max(0, mark), NF_INET_POST_ROUTING, iif, oif, START_MS)
         fw.ruleset.sets["banned"].add(False, 7 << 24, 8, START_MS + 1000, START_MS)
         fw.revoked[bytes(13)] = START_MS + 1000
-        file = b"".join(Freezing(fw, {1: "lan", 2: "wan"}, Moment(START_MS, 0, "boot"), "").pieces(True))
+        file = b"".join(Freezing(fw, {1: "lan", 2: "wan"}, Moment(START_MS, 0, "boot"), "", exact=True).pieces(True))
         parts = [bytes((kind,)) + len(part).to_bytes(2, "big") + part for kind, part in blocks(io.BytesIO(file))]
         found += [bytes((WHOLE,)) + file, b"\0" + b"".join(parts[:-1]), bytes((REBOOTED,)) + b"".join(parts[:-1])]
     return found

@@ -14,7 +14,7 @@ from collections import Counter
 from typing import Any, Final
 
 PORT: Final = 7000
-PATIENCE_S: Final = 30.0  # TCP sends again by itself; this long is broken
+PATIENCE_S: Final = 60.0  # TCP sends again by itself; this long is broken
 GRACE_S: Final = 5.0  # for answers that are still on their way in the end
 PULSE_S: Final = 0.25
 REST_S: Final = 1.0
@@ -65,7 +65,7 @@ class Client:
         self.per_second = per_second
         self.probes_per_second = probes_per_second
         self.stop = asyncio.Event()
-        self.held = self.opened = self.finished = 0
+        self.held = self.opened = self.unopened = self.finished = 0
         self.broken: Counter[str] = Counter()
         self.sent = 0
         self.answered: set[int] = set()
@@ -93,9 +93,13 @@ class Client:
 
     async def visit(self) -> None:
         """One new connection."""
+        begun = time.monotonic()
         try:
-            begun = time.monotonic()
             reader, writer = await asyncio.wait_for(asyncio.open_connection(self.address, PORT), PATIENCE_S)
+        except (OSError, TimeoutError):
+            self.unopened += 1
+            return
+        try:
             for rest_s in (REST_S, 0.0):
                 writer.write(LINE)
                 if await asyncio.wait_for(reader.readline(), PATIENCE_S) != LINE:
@@ -150,6 +154,7 @@ class Client:
         result = {
             "held": self.held,
             "opened": self.opened,
+            "unopened": self.unopened,
             "finished": self.finished,
             "broken": dict(self.broken),
             "sent": self.sent,

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from conntrackd.config import parse
-from conntrackd.const import IPS_ASSURED, IPS_CONFIRMED, IPS_COUNTED
+from conntrackd.const import DROP, IPS_ASSURED, IPS_CONFIRMED, IPS_COUNTED
 from conntrackd.core.conn import Conn
 from conntrackd.core.conntrack import set_labels
 from conntrackd.core.net import Conntrack
@@ -99,8 +99,8 @@ def firewall(policy: str = POLICY, generation: int = 1, **settings: int) -> Fire
     return Firewall(net, rules)
 
 
-def frozen(fw: Firewall, now_ms: int, unconfirmed: bool = False) -> bytes:
-    return b"".join(Freezing(fw, LINKS, at(now_ms), "config").pieces(unconfirmed))
+def frozen(fw: Firewall, now_ms: int, unconfirmed: bool = False, exact: bool = True) -> bytes:
+    return b"".join(Freezing(fw, LINKS, at(now_ms), "config", exact).pieces(unconfirmed))
 
 
 def thawed(data: bytes, fw: Firewall, now: Moment, names: dict[int, str] = LINKS) -> Restored:
@@ -194,6 +194,23 @@ def test_the_next_packets_are_judged_as_before(busy: Router) -> None:
     assert busy.fw.net.stats.ctinfo == after.fw.net.stats.ctinfo
     states = [{key: ct.state for key, ct in conns(router.fw).items()} for router in (busy, after)]
     assert states[0] == states[1]
+
+
+def test_after_a_crash_numbers_are_taken_as_they_come(busy: Router) -> None:
+    """Packets have passed that the snapshot does not know of: they must not make the next ones INVALID."""
+    busy.cross(tcp(SYN, 9, sport=44000))
+    after = Router(POLICY)
+    after.now_ms, after.fw = busy.now_ms, firewall()
+    restored = thawed(frozen(busy.fw, busy.now_ms, exact=False), after.fw, at(busy.now_ms))
+    assert restored.stale == 3  # what was about to begin: that SYN, and two more
+    far = 400_000_000
+    assert after.cross(tcp(ACK | PSH, 901 + far, 106 + far, data=b"far on", back=True), WAN, LAN) != DROP
+    assert after.cross(tcp(ACK, 106 + far, 907 + far)) != DROP
+    assert after.cross(tcp(ACK | PSH, 106 + far, 907 + far, data=b"and on")) != DROP
+    assert after.fw.net.stats.invalid() == busy.fw.net.stats.invalid()
+    # What has not moved goes on, too.
+    assert after.cross(tcp(ACK | PSH, 106, 901, data=b"more", family=6)) != DROP
+    assert after.cross(tcp(ACK, 901, 110, back=True, family=6), WAN, LAN) != DROP
 
 
 def test_a_helper_goes_on_where_it_was(busy: Router) -> None:

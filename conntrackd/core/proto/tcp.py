@@ -137,6 +137,16 @@ class TcpConn(Conn):
         self.retrans: i32 = 0
 
 
+def forget_windows(ct: TcpConn) -> None:
+    """Take the numbers as they come again, and judge mildly as after a pickup: packets have passed unseen."""
+    for peer in (ct.original, ct.replier):
+        peer.end = peer.maxend = peer.maxwin = peer.maxack = 0
+        peer.flags = peer.flags & (FLAG_WINDOW_SCALE | FLAG_SACK_PERM | FLAG_CLOSE_INIT) | FLAG_BE_LIBERAL
+    ct.last_index = NONE_SET
+    ct.last_flags = 0
+    ct.retrans = 0
+
+
 def before(a: int, b: int) -> bool:
     """Whether sequence number a comes before b."""
     return (a - b) & MASK > 0x7FFFFFFF
