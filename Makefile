@@ -8,7 +8,7 @@ SERVERS := build/servers/.done
 TOOLS  := $(VENV)/.installed-tools
 
 .DEFAULT_GOAL := help
-.PHONY: help setup servers compile demo install uninstall bench bench-policy bench-table profile test test-unit test-compiled test-differential fuzz check lock clean
+.PHONY: help setup servers compile demo install uninstall deb test-deb bench bench-policy bench-table profile test test-unit test-compiled test-differential fuzz check lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -67,6 +67,7 @@ $(WHEELS)/.dependencies: requirements/debian-build.txt requirements/build.lock r
 	@$(PYTHON) -m venv $(WHEELS)/venv
 	@$(PACKAGER) install --require-hashes -r requirements/build.lock
 	@$(PACKAGER) wheel --require-hashes --no-build-isolation -w $(WHEELS) -r requirements/run.lock
+	@$(PACKAGER) install --isolated --no-index --no-deps $(WHEELS)/*.whl # the compiler reads their types
 	@touch $@
 
 $(WHEELS)/.done: $(WHEELS)/.dependencies pyproject.toml setup.py $(shell find conntrackd -type f -not -name '*.pyc')
@@ -104,6 +105,20 @@ $(INSTALLED): Makefile requirements/debian-systemd.txt packaging/conntrackd.py $
 # With WHEELS set to it, the rule above is the one that makes it.
 ifneq ($(WHEELS),build/wheels-pure)
 endif
+
+# The Debian package, for the Python of this Debian. VERSION and MAINTAINER are what changelog and control say.
+VERSION     = $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+MAINTAINER ?= conntrackd maintainers <conntrackd@users.noreply.github.com>
+DEB         = build/deb/conntrackd-firewall-$(VERSION)
+deb: ## a Debian package in build/deb, looked through by lintian
+	@$(call debian,requirements/debian-deb.txt)
+	@$(MAKE) -s build/wheels-deb/.done WHEELS=build/wheels-deb PYTHON=/usr/bin/python3
+	@rm -rf build/deb && mkdir -p $(DEB)
+	@cp -a Makefile CHANGELOG.md config conntrackd man packaging pyproject.toml requirements setup.py systemd $(DEB)
+	@mv $(DEB)/packaging/debian $(DEB)/debian && sed -i 's/@MAINTAINER@/$(MAINTAINER)/' $(DEB)/debian/control $(DEB)/debian/changelog
+	@cd $(DEB) && WHEELS=$(CURDIR)/build/wheels-deb dpkg-buildpackage -b -us -uc >../build.log 2>&1 || { tail -20 ../build.log; exit 1; }
+	@lintian --allow-root --fail-on error --display-level error build/deb/*.changes
+	@ls build/deb/*.deb
 
 uninstall: ## remove what install put there; the configuration and the state stay
 	rm -rf $(DESTDIR)$(LIB)
