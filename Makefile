@@ -120,6 +120,11 @@ deb: ## a Debian package in build/deb, looked through by lintian
 	@lintian --allow-root --fail-on error --display-level error build/deb/*.changes
 	@ls build/deb/*.deb
 
+test-deb: deb ## the package in a Debian that debootstrap makes: installed, run, upgraded, removed and purged
+	@[ -e build/debian.done ] || { rm -rf build/debian && \
+	    debootstrap --variant=minbase --include=iptables,libnetfilter-queue1,python3,systemd bookworm build/debian >build/debian.log && touch build/debian.done; }
+	@packaging/test-deb.sh build/deb/conntrackd-firewall_$(VERSION)_*.deb build/debian
+
 uninstall: ## remove what install put there; the configuration and the state stay
 	rm -rf $(DESTDIR)$(LIB)
 	rm -f $(DESTDIR)$(PREFIX)/sbin/conntrackd $(DESTDIR)$(UNITDIR)/conntrackd.service
