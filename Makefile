@@ -8,7 +8,7 @@ SERVERS := build/servers/.done
 TOOLS  := $(VENV)/.installed-tools
 
 .DEFAULT_GOAL := help
-.PHONY: help setup servers compile demo install uninstall deb test-deb bench bench-policy bench-table profile test test-unit test-compiled test-differential fuzz check lock clean
+.PHONY: help setup servers compile demo install uninstall deb test-deb bench bench-policy bench-table profile test test-unit test-compiled test-life test-differential fuzz check lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -177,6 +177,9 @@ $(TOOLS): $(STAMP) requirements/debian-tools.txt
 
 test: setup $(BENCH) $(SERVERS) $(TOOLS) $(INSTALLED) ## all tests
 	$(BIN)/pytest -q tests
+
+test-life: setup ## a million random operations on the table against a naive account of them (OPERATIONS=1000000)
+	$(BIN)/python -m tests.property.test_life --operations $(or $(OPERATIONS),1000000)
 
 test-differential: setup ## the core against the live kernel, packet by packet, for ten minutes (SECONDS=600)
 	$(BIN)/python -m tests.differential --seconds $(or $(SECONDS),600)
