@@ -21,6 +21,7 @@ from typing import Final
 import msgspec
 import structlog
 
+from conntrackd import api
 from conntrackd import config as config_file
 from conntrackd.config import Config, ConfigErrors
 from conntrackd.core.conntrack import gc
@@ -36,7 +37,7 @@ from conntrackd.daemon.faults import Faults
 from conntrackd.daemon.flowanswers import FlowAnswers
 from conntrackd.daemon.generations import Generations
 from conntrackd.daemon.handover import Restart
-from conntrackd.daemon.health import Health
+from conntrackd.daemon.health import WARNING, Health
 from conntrackd.daemon.links import Links
 from conntrackd.daemon.mark import Mark
 from conntrackd.daemon.nfnetlink import NFQA_CFG_F_FAIL_OPEN, NFQA_CFG_F_GSO
@@ -97,7 +98,7 @@ def run(file: str, socket_path: str, simulate: str | None, rehearse: bool = Fals
         return EXIT_OK
     try:
         daemon.open(socket_path, handover.heirlooms())
-    except (ControlError, ExporterError, QueueError) as error:
+    except (ControlError, QueueError) as error:
         sys.stderr.write(f"{error}\n")  # in one piece, for the log writes there, too
         return EXIT_FAILED
     else:
@@ -174,7 +175,7 @@ class Daemon:
     def open(self, socket_path: str, heirlooms: dict[str, int]) -> None:
         """Take hold of the sockets, the signals and the queues, some of which the process before has left to us.
 
-        Raises ControlError, ExporterError or QueueError.
+        Raises ControlError or QueueError.
         """
         listener, lock = heirlooms.pop(handover.LISTENER, -1), heirlooms.pop(handover.LOCK, -1)
         answer = self._wrap_answer(self._answer)
@@ -183,7 +184,7 @@ class Daemon:
         self._faults.watch("clients_refused", lambda: control.refused)
         self._faults.watch("requests_failed", lambda: control.failed)
         if self._config.metrics.listen:
-            self._exporter = self._export(endpoint(self._config.metrics.listen))
+            self._export(endpoint(self._config.metrics.listen))
         self._state.now_ms = self._generations.now_ms = self._clock.now_ms()
         self._state.open()
         state = heirlooms.pop(handover.STATE, -1)
@@ -216,18 +217,24 @@ class Daemon:
         self._answerer.open()  # after the queues: who may not bind them is told only that
         self._starting = RulesJob(self._config, self._wakeup_write)
 
-    def _export(self, listen: tuple[str, int]) -> Exporter:
-        """Open the endpoint for Prometheus. What only it needs is imported now: most routers do without."""
+    def _export(self, listen: tuple[str, int]) -> None:
+        """Open the endpoint for Prometheus. A router without it is better than none: it goes on, and says so.
+
+        What only the endpoint needs is imported now: most routers do without.
+        """
         try:
             from conntrackd.daemon.metrics import Metrics
-        except ModuleNotFoundError as error:
-            raise ExporterError(
-                f"[metrics] needs the Python package {error.name}: install it (`pip install conntrackd[metrics]`), "
-                "or take metrics.listen out of the configuration."
-            ) from error
-        queues = (self._track, self._confirm)
-        metrics = Metrics(version("conntrackd"), self._fw, queues, self._generations, self._health, self._answerer)
-        return Exporter(listen, self._selector, metrics.text)
+
+            queues = (self._track, self._confirm)
+            metrics = Metrics(version("conntrackd"), self._fw, queues, self._generations, self._health, self._answerer)
+            self._exporter = Exporter(listen, self._selector, metrics.text)
+        except (ModuleNotFoundError, ExporterError) as error:
+            message = str(error)
+            if isinstance(error, ModuleNotFoundError):
+                message = f"[metrics] needs the Python package {error.name}: `pip install conntrackd[metrics]`."
+            log.warning("metrics_off", error=message)
+            problem = api.Problem(name="metrics_off", severity=WARNING, message=message)
+            self._health.sources.append(lambda: [problem])
 
     def _catch_signals(self) -> None:
         """Make signals wake the loop and set a flag: a handler that raised would lose the packet in hand."""

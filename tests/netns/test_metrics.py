@@ -160,19 +160,25 @@ def test_off_by_default(fw: Daemon) -> None:
     assert not fw.router.run("ss", "-Hltn").stdout
 
 
-def test_a_port_that_is_taken(net: Network, measured: Daemon) -> None:
-    with daemon(net.router, f"{WITH_METRICS}\n[queue]\nnumbers = [8, 9]\n", start=False) as second:
-        process = second.launch()
-        assert process.wait() == 1
-        assert f"[metrics] can't listen on 127.0.0.1 port {PORT}: Address already in use." in process.output()
+def off(fw: Daemon) -> str:
+    """Why a daemon that runs has no endpoint."""
+    (problem,) = [each for each in fw.status()["problems"] if each["name"] == "metrics_off"]
+    return str(problem["message"])
+
+
+def test_a_port_that_is_taken_is_no_reason_to_leave_the_router_alone(net: Network) -> None:
+    listener = net.router.open_socket(socket.AF_INET, socket.SOCK_STREAM)
+    listener.bind(("127.0.0.1", PORT))
+    listener.listen()
+    with daemon(net.router, WITH_METRICS) as fw:
+        assert off(fw) == f"[metrics] can't listen on 127.0.0.1 port {PORT}: Address already in use."
+        traffic(net)
 
 
 def test_without_prometheus_client(net: Network, tmp_path: Path) -> None:
     (tmp_path / "prometheus_client.py").write_text(
         'raise ModuleNotFoundError("No module named \'prometheus_client\'", name="prometheus_client")\n'
     )
-    with daemon(net.router, WITH_METRICS, start=False) as fw:
-        process = fw.launch(env={"PYTHONPATH": str(tmp_path)})
-        assert process.wait() == 1
-        assert "needs the Python package prometheus_client: install it" in process.output()
-        assert "Traceback" not in process.output()
+    with daemon(net.router, WITH_METRICS, env={"PYTHONPATH": str(tmp_path)}) as fw:
+        assert "needs the Python package prometheus_client" in off(fw)
+        traffic(net)
