@@ -100,7 +100,7 @@ class TraceArgs(msgspec.Struct, forbid_unknown_fields=True):
 class FlowArgs(msgspec.Struct, forbid_unknown_fields=True):
     """The arguments of `flow`."""
 
-    id: int
+    id: Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
 
 class Direction(msgspec.Struct, kw_only=True):
@@ -548,11 +548,32 @@ class SourceText(msgspec.Struct):
     text: str
 
 
-class Apply(msgspec.Struct):
+class ApplyArgs(msgspec.Struct, forbid_unknown_fields=True):
     """The arguments of `apply`: the files of a configuration, the main one first, and how long it is on trial."""
 
-    files: list[SourceText]
-    confirm_ms: int = 0  # 0: it stays
+    files: Annotated[list[SourceText], msgspec.Meta(min_length=1)]
+    confirm_ms: Annotated[int, msgspec.Meta(ge=0)] = 0  # 0: it stays
+
+
+class ConfigArgs(msgspec.Struct, forbid_unknown_fields=True):
+    """The arguments of `config`: which generation, 0 for the one in force."""
+
+    generation: int = 0
+
+
+class ExplainArgs(msgspec.Struct, forbid_unknown_fields=True):
+    """The arguments of `explain`."""
+
+    packet: str
+
+
+class SetArgs(msgspec.Struct, forbid_unknown_fields=True):
+    """The arguments of `set`; `timeout_ms`: null for that of the set, 0 for none."""
+
+    action: str  # list, add, del
+    name: str = ""
+    address: str = ""
+    timeout_ms: Annotated[int, msgspec.Meta(ge=0)] | None = None
 
 
 class ExplainStep(msgspec.Struct):

@@ -15,7 +15,7 @@ import struct
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, NamedTuple, TypeVar
 
 import msgspec
 import structlog
@@ -34,6 +34,8 @@ END: Final = msgspec.Struct()  # behind the last row
 QUIET: Final = msgspec.Struct()  # in place of a row: nothing until something happens, and `wake` is called
 MORE: Final = msgspec.Struct()  # in place of a row: none yet, after about as much work as a row takes
 ROWS_PER_TURN_OF_LISTENERS: Final = 8  # while packets come, events must not take their time
+
+Args = TypeVar("Args", bound=msgspec.Struct)
 
 log = structlog.get_logger()
 
@@ -66,6 +68,14 @@ class Asked(NamedTuple):
 # and MORE where it takes more work; None for an unknown command.
 # It raises api.RequestError to refuse.
 Answer = Callable[[Asked], Iterator[msgspec.Struct | None] | None]
+
+
+def arguments(asked: Asked, args: type[Args]) -> Args:
+    """Read the arguments of a request. Raises api.RequestError."""
+    try:
+        return msgspec.convert(asked.args, args)
+    except msgspec.ValidationError as error:
+        raise api.RequestError(f"The arguments of {asked.command!r} are not understood: {error}.") from None
 
 
 class _Client:
@@ -160,7 +170,7 @@ class Control:
     def _begin(self, client: _Client, line: bytes) -> None:
         try:
             request = msgspec.json.decode(line, type=api.Request)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
             self._refuse(client, f"The request is not understood: {error}.")
             return
         if request.v != api.VERSION:

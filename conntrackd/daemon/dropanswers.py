@@ -6,8 +6,8 @@ import msgspec
 
 from conntrackd import api
 from conntrackd.daemon import flowrows
-from conntrackd.daemon.control import MORE, Asked
-from conntrackd.daemon.flowanswers import Chosen, arguments
+from conntrackd.daemon.control import MORE, Asked, arguments
+from conntrackd.daemon.flowanswers import Chosen
 from conntrackd.daemon.links import Links
 from conntrackd.daemon.standin import stand_in
 from conntrackd.hooks import Firewall

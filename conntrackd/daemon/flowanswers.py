@@ -1,7 +1,7 @@
 """What can be asked about connections: flows, flow, count, events, and kill, which ends them."""
 
 from collections.abc import Iterator
-from typing import Final, TypeVar
+from typing import Final
 
 import msgspec
 import structlog
@@ -12,15 +12,13 @@ from conntrackd.core.conn import Conn
 from conntrackd.core.ecache import Event
 from conntrackd.core.expect import Expect
 from conntrackd.daemon import flowrows
-from conntrackd.daemon.control import MORE, QUIET, Asked
+from conntrackd.daemon.control import MORE, QUIET, Asked, arguments
 from conntrackd.daemon.links import Links
 from conntrackd.filter import FilterError, cost, parse
 from conntrackd.hooks import Firewall
 from conntrackd.predicate import Predicate, predicate
 
 LOOKED_AT: Final = 16  # connections or events: asking a short filter of so many takes about as long as making a row
-
-Args = TypeVar("Args", bound=msgspec.Struct)
 
 log = structlog.get_logger()
 
@@ -197,11 +195,3 @@ class FlowAnswers:
             time=flowrows.moment(event.now_ms, self.now_ms),
             expectation=flowrows.expectation(expect, event.now_ms),
         )
-
-
-def arguments(asked: Asked, args: type[Args]) -> Args:
-    """Read the arguments of a request. Raises api.RequestError."""
-    try:
-        return msgspec.convert(asked.args, args)
-    except msgspec.ValidationError as error:
-        raise api.RequestError(f"The arguments of {asked.command!r} are not understood: {error}.") from None

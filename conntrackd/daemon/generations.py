@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from hashlib import sha256
 from typing import Final
 
-import msgspec
 import structlog
 
 from conntrackd import api
@@ -22,7 +21,7 @@ from conntrackd.config import Config, ConfigErrors
 from conntrackd.configfiles import SourceFile, read
 from conntrackd.core.conn import Conn
 from conntrackd.core.sysctl import SETTINGS, Sysctl
-from conntrackd.daemon.control import Asked
+from conntrackd.daemon.control import Asked, arguments
 from conntrackd.daemon.links import Links
 from conntrackd.daemon.notify import Notify
 from conntrackd.hooks import Firewall, still_allowed
@@ -105,7 +104,7 @@ class Generations:
         if asked.command == "history":
             return iter(self._history())
         if asked.command == "config":
-            return iter(self._texts(int(asked.args.get("generation", 0))))
+            return iter(self._texts(arguments(asked, api.ConfigArgs).generation))
         if asked.command in ("reload", "apply", "confirm", "rollback"):
             if not asked.may_change():
                 raise api.RequestError(f"Changing the policy needs root, and you are {asked.who()}.")
@@ -123,10 +122,7 @@ class Generations:
             return _outcome(self._roll_back(asked))
         if asked.command == "reload":
             return _outcome(self._load(Loading("reload", asked, None, 0)))
-        try:
-            wanted = msgspec.convert(asked.args, api.Apply)
-        except msgspec.ValidationError as error:
-            raise api.RequestError(f"The request is not understood: {error}.") from None
+        wanted = arguments(asked, api.ApplyArgs)
         files = [SourceFile(file.name, file.text.encode()) for file in wanted.files]
         return _outcome(self._load(Loading("apply", asked, files, wanted.confirm_ms)))
 

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from socket import AF_INET, AF_INET6
-from typing import Any, Final
+from typing import Final
 
 import msgspec
 import structlog
@@ -12,7 +12,7 @@ from pyroute2 import IPRoute
 from pyroute2.netlink.exceptions import NetlinkError
 
 from conntrackd import api, values
-from conntrackd.daemon.control import Asked
+from conntrackd.daemon.control import Asked, arguments
 from conntrackd.daemon.links import Links
 from conntrackd.hooks import Firewall
 from conntrackd.mistakes import nearest
@@ -39,7 +39,7 @@ class PolicyAnswers:
         if asked.command == "rules":
             return self._rules()
         if asked.command == "explain":
-            return iter(self._explain(_text(asked.args, "packet")))
+            return iter(self._explain(arguments(asked, api.ExplainArgs).packet))
         if asked.command == "set":
             return self._set(asked)
         return None
@@ -106,8 +106,8 @@ class PolicyAnswers:
     # --- Sets -----------------------------------------------------------------------------------------------------
 
     def _set(self, asked: Asked) -> Iterator[msgspec.Struct]:
-        action = _text(asked.args, "action")
-        name = _text(asked.args, "name")
+        args = arguments(asked, api.SetArgs)
+        action, name = args.action, args.name
         sets = self._fw.ruleset.sets
         if action == "list" and not name:
             return iter([self._set_row(entry) for entry in sets.values()])
@@ -118,14 +118,14 @@ class PolicyAnswers:
         if not asked.may_change():
             raise api.RequestError(f"Changing a set needs root, and you are {asked.who()}.")
         try:
-            network = values.network(_text(asked.args, "address"))
+            network = values.network(args.address)
         except ValueError as wrong:
             context: dict[str, str] = getattr(wrong, "context", {})
             raise api.RequestError(f"{context['message']}; {context['hint']}".rstrip("; ") + ".") from None
         entry, ipv6 = sets[name], network.version == 6
         address, length = int(network.network_address), network.prefixlen
         if action == "add":
-            message = self._add(entry, ipv6, address, length, asked.args.get("timeout_ms"), str(network))
+            message = self._add(entry, ipv6, address, length, args.timeout_ms, str(network))
         elif action == "del":
             message = self._delete(entry, ipv6, address, length, str(network))
         else:
@@ -133,10 +133,10 @@ class PolicyAnswers:
         log.info("set_changed", action=action, set=name, address=str(network), who=asked.who(), pid=asked.pid)
         return iter([api.Done(message)])
 
-    def _add(self, entry: AddressSet, ipv6: bool, address: int, length: int, timeout: object, text: str) -> str:
+    def _add(self, entry: AddressSet, ipv6: bool, address: int, length: int, timeout: int | None, text: str) -> str:
         if entry.configured(ipv6, address, length):
             return f"{text} stands in the configuration of {entry.name} already."
-        timeout_ms = timeout if isinstance(timeout, int) else entry.timeout_ms
+        timeout_ms = entry.timeout_ms if timeout is None else timeout
         ends_ms = self.now_ms + timeout_ms if timeout_ms > 0 else FOR_EVER
         if not entry.add(ipv6, address, length, ends_ms, self.now_ms):
             raise api.RequestError(f"Set {entry.name} is full ({entry.size} added): raise sets.{entry.name}.size.")
@@ -165,13 +165,6 @@ class PolicyAnswers:
                     if left_s is None or left_s >= 0:
                         text = f"{address}/{prefixes.bits - shift}" if shift else address
                         yield api.SetEntry(text, ends_ms == CONFIGURED, left_s)
-
-
-def _text(args: dict[str, Any], key: str) -> str:
-    value = args.get(key, "")
-    if not isinstance(value, str):
-        raise api.RequestError(f"The argument {key!r} of the request is not text.")
-    return value
 
 
 def _hint(word: str, options: list[str]) -> str:

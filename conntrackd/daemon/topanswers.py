@@ -16,8 +16,8 @@ from conntrackd import api
 from conntrackd.core.conn import Conn
 from conntrackd.core.tuples import destination, source
 from conntrackd.daemon import flowrows
-from conntrackd.daemon.control import MORE, Asked
-from conntrackd.daemon.flowanswers import Chosen, arguments
+from conntrackd.daemon.control import MORE, Asked, arguments
+from conntrackd.daemon.flowanswers import Chosen
 from conntrackd.daemon.links import Links
 from conntrackd.hooks import Firewall
 

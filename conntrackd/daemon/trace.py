@@ -39,8 +39,8 @@ from conntrackd.const import (
 from conntrackd.core.conn import Conn
 from conntrackd.core.tuples import get_tuple, invert, packet_tuple
 from conntrackd.daemon import flowrows
-from conntrackd.daemon.control import QUIET, Asked
-from conntrackd.daemon.flowanswers import Chosen, arguments
+from conntrackd.daemon.control import QUIET, Asked, arguments
+from conntrackd.daemon.flowanswers import Chosen
 from conntrackd.daemon.links import Links
 from conntrackd.daemon.mark import Mark
 from conntrackd.daemon.queue import Queue

@@ -95,6 +95,27 @@ def test_flows_change_under_a_reader(lab: Lab) -> None:
     assert lab.ask("flows") == []
 
 
+def test_a_long_list_is_whole_while_the_table_changes(lab: Lab) -> None:
+    """Between any two rows connections come, go and carry packets: each that is there all the time is listed once."""
+    for port in range(1, 20_001):
+        lab.send(craft.udp(sport=port))
+    stay = {ct.id for ct in lab.connections() if ct.id % 4}
+    go = [ct for ct in lab.connections() if ct.id % 4 == 0]
+    seen = []
+    for row in lab.begin("flows"):
+        if not isinstance(row, api.Flow):
+            continue
+        seen.append(row.id)
+        assert row.orig.bytes == row.orig.packets * 28  # of one moment
+        if go and len(seen) % 3 == 0:
+            lab.fw.net.table.kill(go.pop(), lab.now_ms)
+            lab.send(craft.udp(sport=len(seen), dport=53))  # another begins
+            lab.send(craft.udp(sport=len(seen)))  # and one of them carries a packet, or begins anew
+    assert len(seen) == len({*seen})
+    assert stay <= {*seen}
+    assert len(go) < 1000
+
+
 def test_labels_are_shown_where_there_are_any(lab: Lab) -> None:
     lab.send(craft.udp())
     (ct,) = lab.fw.net.table.connections()
