@@ -225,6 +225,11 @@ def test_check(router: Router) -> None:
     assert (finding["kind"], finding["line"]) == ("error", 2)
 
 
+def test_doctor(router: Router) -> None:
+    """What it finds here depends on the machine; that it is of the published form does not."""
+    router.json("doctor", "doctor", "--config", str(router.fw.config_path), check_=False)
+
+
 def test_changes(router: Router) -> None:
     """The last, for it makes generations."""
     config = str(router.fw.config_path)
