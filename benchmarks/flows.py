@@ -82,11 +82,11 @@ class TimedPoll:
         self.register = epoll.register
         self.close = epoll.close
 
-    def poll(self, timeout: float) -> Any:
+    def poll(self, timeout: float, most: int) -> Any:
         now = time.monotonic_ns()
         if self._wall and now - self._wall > NOTED_NS:
             self.turns.append((now, now - self._wall, time.thread_time_ns() - self._cpu))
-        ready = self._epoll.poll(timeout)
+        ready = self._epoll.poll(timeout, most)
         self._wall, self._cpu = time.monotonic_ns(), time.thread_time_ns()
         return ready
 
