@@ -1,6 +1,7 @@
-"""Short slices of `make soak-restart`, `make soak-stop` and `make soak-kill`."""
+"""Short slices of `make soak` and of `make soak-flood`, `soak-restart`, `soak-stop` and `soak-kill`."""
 
 from tests.soak.__main__ import kill, restart, stop
+from tests.soak.overload import churn, flood
 
 
 def test_restarts_under_load_break_and_lose_nothing() -> None:
@@ -17,3 +18,15 @@ def test_stops_under_load_break_nothing() -> None:
 def test_kills_under_load_are_survived() -> None:
     result = kill(rounds=2, seed=1, crowd=1000)
     assert result.known_broken() == 0, result.text()
+
+
+def test_full_rate_leaves_nothing_behind() -> None:
+    result = churn(seconds=3)
+    assert result.connections > 0
+    assert result.left() == 0, result
+
+
+def test_a_flood_is_counted_to_the_packet() -> None:
+    result = flood(seconds=3)
+    assert result.judged > 0
+    assert result.miscounted == 0, result
