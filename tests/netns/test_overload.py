@@ -228,6 +228,7 @@ def test_a_log_that_nobody_reads_holds_no_packet_up(net: Network, logging_fw: Da
         with_stderr(net, fw, f"2>/proc/{os.getpid()}/fd/{write_end}")
         assert "lost" in wait_for_problem(fw, "log_lost")
         denied.kill()
+        fw.wait_for_empty_queues()
         exchange(net, fw)
         assert fw.stop() == 0
     finally:
@@ -240,6 +241,7 @@ def test_a_log_on_a_full_disk_holds_no_packet_up(net: Network, logging_fw: Daemo
     with_stderr(net, fw, "2>/dev/full")
     assert "disk" in wait_for_problem(fw, "log_lost")
     denied.kill()
+    fw.wait_for_empty_queues()
     exchange(net, fw)
     assert fw.stop() == 0
 
