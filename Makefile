@@ -8,7 +8,7 @@ SERVERS := build/servers/.done
 TOOLS  := $(VENV)/.installed-tools
 
 .DEFAULT_GOAL := help
-.PHONY: help setup servers compile demo install uninstall deb test-deb bench bench-policy bench-table profile test test-unit test-compiled test-life test-differential fuzz check lock clean
+.PHONY: help setup servers compile demo install uninstall deb test-deb bench bench-policy bench-table profile test test-unit test-compiled bench-flows bench-snapshot screenshots man soak soak-flood soak-restart soak-stop soak-kill test-life test-differential fuzz check lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
