@@ -77,10 +77,12 @@ class Daemon:
         self.write_config(config)
 
     def write_config(self, config: str) -> None:
-        """Replace the config file; a running daemon does not notice by itself. Its state stays in the lab."""
-        if "[state]" not in config:
-            config += f'\n[state]\ndirectory = "{self.directory}/state"\n'
-        self.config_path.write_text(config)
+        """Replace the config file; a running daemon does not notice by itself."""
+        self.config_path.write_text(self.complete(config))
+
+    def complete(self, config: str) -> str:
+        """Keep the state of a daemon with this config in the lab, unless the config says where."""
+        return config if "[state]" in config else f'{config}\n[state]\ndirectory = "{self.directory}/state"\n'
 
     def command(self, *arguments: str | Path) -> list[str]:
         """The command line of `conntrackd ARGUMENTS` that speaks to this daemon."""
@@ -180,6 +182,10 @@ class Daemon:
         """What it has written to stdout and stderr."""
         assert self.process is not None
         return self.process.output()
+
+    def wait_for_log(self, text: str, times: int = 1) -> None:
+        """Wait until it has logged this so often: it writes its log beside its work."""
+        wait_until(lambda: self.log().count(text) >= times, f"{text!r} is logged")
 
 
 @contextmanager

@@ -111,7 +111,7 @@ def test_what_comes_while_nobody_reads_waits(net: Network, fw: Daemon) -> None:
             near.close()
             far.close()
     assert probes.lost() == set()
-    assert fw.log().count("queue_adopted") == 4
+    fw.wait_for_log("queue_adopted", 4)
 
 
 def test_a_signal_asks_for_it_too(net: Network, fw: Daemon) -> None:
@@ -216,7 +216,7 @@ def test_a_service_manager_that_keeps_the_queues(net: Network, tmp_path: Path, o
         else:
             # What the one that was killed had in its hands is gone, and nothing else.
             assert len(probes.lost()) <= 64
-        assert fw.log().count("queue_adopted") == 2
+        fw.wait_for_log("queue_adopted", 2)
         fw.wait_for_empty_queues()
         assert "state" not in collect()
         for fd in kept.values():

@@ -137,7 +137,7 @@ def test_kill_ends_a_real_connection(router: Router) -> None:
     (flow,) = check("kill", done.stdout)
     assert flow["id"] == would["id"]
     assert done.stderr == "1 flow ended.\n"
-    assert "flows_killed" in router.fw.log()
+    router.fw.wait_for_log("flows_killed")
     assert router.fw.json("flows", f"id {flow['id']}") == []
     assert router.json("kill", "kill", "dst port 8081 and id 1") == []
     assert router.fw.stats()["closed"]["killed"] >= 1

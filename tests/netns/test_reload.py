@@ -130,7 +130,7 @@ def test_what_is_left_of_a_connection_does_not_come_back_from_the_router(net: Ne
 
 def candidate(fw: Daemon, text: str) -> Path:
     path = fw.directory / "candidate.toml"
-    path.write_text(text)
+    path.write_text(fw.complete(text))
     return path
 
 

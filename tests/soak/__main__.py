@@ -123,7 +123,7 @@ def restart(rounds: int) -> Result:
         load.end(result)
         _note_losses(fw, result)
         fw.wait_for_empty_queues()
-        assert fw.log().count("queue_adopted") == 2 * rounds
+        fw.wait_for_log("queue_adopted", 2 * rounds)
         assert "Traceback" not in fw.log(), fw.log()
     return result
 
