@@ -54,9 +54,6 @@ COUNTERS: Final = {
     "requests_failed": Counter(
         WARNING, "The daemon itself failed on {count} requests of its control socket: see its log."
     ),
-    "rules_repaired": Counter(
-        WARNING, "Rules of ours in the kernel were removed or displaced, and put back, {count} times."
-    ),
 }  # fmt: skip
 
 
