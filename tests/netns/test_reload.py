@@ -167,7 +167,7 @@ def test_rollback_and_history(net: Network) -> None:
         assert second["who"].startswith("root (process ")
         assert second["file"] == str(fw.directory / "candidate.toml")
         assert third["how"] == "rollback"
-        assert fw.cli("history", "2").stdout == ZONES + NO_WEB
+        assert fw.cli("history", "2").stdout == fw.complete(ZONES + NO_WEB)
         # And back to what was rolled back.
         fw.cli("rollback")
         assert in_force(fw) == ["no-web"]
