@@ -159,6 +159,7 @@ class Demo:
             self.wait_for_listener(self.net.server, "udp", family, UDP_PORT)
             done = self.run(self.net.client, "sh", "-c", f"echo ping | nc -u -W 1 -w 5 {address} {UDP_PORT}")
             self.story.output(done.stdout)
+            server.wait_for_output("ping")  # it may have answered before it has printed what it was asked
             server.stop()
             flow = self.flow("udp", dst=address, dport=UDP_PORT)
             self.story.claim(

@@ -117,7 +117,7 @@ def test_demo_stays_until_enter() -> None:
         process.stdin.write("\n")
         process.stdin.close()
         output = process.stdout.read()
-        assert process.wait() == 0
+        assert process.wait() == 0, output
         assert re.search(r"\$ .*conntrackd .*flows", output)
         assert f"$ ip netns exec {names[0]} ping" in output
         assert "held" in output
