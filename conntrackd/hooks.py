@@ -163,7 +163,7 @@ def post_routing(
     key = packet_tuple(data)
     if key:
         if key[0] == IPPROTO_GRE:
-            key = table.gre_tuple(key)
+            key = table.gre_tuple(key, zone)
         ct = table.find_unconfirmed(key, zone) if mark_bits & MARK_UNCONFIRMED else None
         if ct is None:
             ct = table.find(key, now_ms, zone)

@@ -108,7 +108,7 @@ def track(net: Conntrack, data: bytes, checksum: bool, zone: int, now_ms: int) -
         return INVALID_L4_TRUNCATED, None
     key = bytes((protonum,)) + addresses(data, 0) + part
     if protonum == IPPROTO_GRE:
-        key = net.table.gre_tuple(key)
+        key = net.table.gre_tuple(key, zone)
 
     while True:
         ctinfo, ct = resolve_normal_ct(net, key, zone, now_ms)

@@ -79,7 +79,7 @@ class Table:
         self.labels: dict[int, int] = {}  # of the connections that have any, by id: 128 bits
         self.last_id = 0
         self.expectations = Expectations(stats, events)
-        # Tuples of announced PPTP calls, by what a packet tells of them: not the key of its own side.
+        # Tuples of announced PPTP calls, by what a packet tells of them, with its zone: not the key of its own side.
         self.gre_keymap: dict[bytes, bytes] = {}
         # Unconfirmed connections by original tuple, in two generations: `rotate` forgets the old one whole, so a
         # connection whose packet was dropped on the way costs nothing to clean up, however many there are.
@@ -321,9 +321,9 @@ class Table:
             ct.help.helper.destroy(self, ct, now_ms)
             self.expectations.unlink_all(ct.help, now_ms)
 
-    def gre_tuple(self, key: bytes) -> bytes:
+    def gre_tuple(self, key: bytes, zone: int) -> bytes:
         """Complete the tuple of a PPTP packet, which names the call of its receiver only [gre_keymap_lookup]."""
-        return self.gre_keymap.get(key, key)
+        return self.gre_keymap.get(zone_key(zone, key), key)
 
     # --- Unconfirmed connections --------------------------------------------------------------------------
 

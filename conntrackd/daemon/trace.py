@@ -240,7 +240,7 @@ class Packet:
         self.zone = fw.net.zone_of(iif, mark)
         self.key = packet_tuple(data)
         if self.key and self.key[0] == IPPROTO_GRE:
-            self.key = fw.net.table.gre_tuple(self.key)
+            self.key = fw.net.table.gre_tuple(self.key, self.zone)
         self.ct = self.find(fw)
         self.state = self.ct.state if self.ct is not None else 0
         self.status = self.ct.status if self.ct is not None else 0

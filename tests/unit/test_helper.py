@@ -1,6 +1,7 @@
 """Who has a helper, what it is shown, and what comes of its verdict."""
 
 import re
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,12 @@ import pytest
 from conntrackd.config import parse
 from conntrackd.const import (
     DROP,
+    IPPROTO_GRE,
     IPPROTO_TCP,
     IPPROTO_UDP,
     IPS_EXPECTED,
     IPS_HELPER,
+    IPS_SEEN_REPLY,
     MARK_ESTABLISHED,
     MARK_NEW,
     MARK_UNCONFIRMED,
@@ -27,11 +30,12 @@ from conntrackd.core.helper import Helper, Message, Policy, assign_helper
 from conntrackd.core.helpers import HELPERS
 from conntrackd.core.net import Conntrack
 from conntrackd.core.sysctl import Sysctl
+from conntrackd.core.table import zone_key
 from conntrackd.core.tuples import get_tuple, invert
 from conntrackd.hooks import Firewall, post_routing, pre_routing
 from conntrackd.policy.compile import compile as compile_ruleset
 from tests.differential.packets import ACK, PSH, SYN
-from tests.unit.craft import START_MS, tcp, udp
+from tests.unit.craft import SERVER, START_MS, ip, tcp, udp
 
 POLICY = b"""
 version = 1
@@ -172,3 +176,71 @@ def test_the_example_of_the_guide_works() -> None:
     for answer, expected in ((b"PORT 80", 0), (b"PORT x", 0), (b"PORT 1025", 1)):
         assert ct.help.helper.help(net, ct, Message(answer, 0, 0, True), START_MS) == NF_ACCEPT
         assert len(ct.help.expectations) == expected
+
+
+# --- PPTP -----------------------------------------------------------------------------------------------------------
+
+
+def pptp(kind: int, body: bytes, seq: int, ack: int, back: bool = False) -> bytes:
+    message = struct.pack(">HHIHH", 12 + len(body), 1, 0x1A2B3C4D, kind, 0) + body
+    return tcp(ACK | PSH, seq, ack, data=message, back=back)
+
+
+def pptp_session(pns: int, pac: int) -> list[bytes]:
+    """A control connection on which one call is agreed on."""
+    start = struct.pack(">HBBIIHH", 0x100, 1, 0, 1, 1, 0, 1) + bytes(128)
+    request = struct.pack(">HHIIIIHHHH", pns, 1, 300, 10**6, 3, 3, 64, 0, 0, 0) + bytes(128)
+    reply = struct.pack(">HHBBHIHHI", pac, pns, 1, 0, 0, 10**6, 64, 0, 0)
+    first, second = 101 + 12 + len(start), 901 + 12 + len(start)
+    return [
+        tcp(SYN, 100),
+        tcp(SYN | ACK, 900, 101, back=True),
+        pptp(1, start, 101, 901),
+        pptp(2, start, 901, first, back=True),
+        pptp(7, request, first, second),
+        pptp(8, reply, second, first + 12 + len(request), back=True),
+    ]
+
+
+def of_call(call_id: int, back: bool = False) -> bytes:
+    """A GRE packet of a call: it names the id of its receiver only."""
+    return ip(47, struct.pack(">HHHH", 0x2001, 0x880B, 4, call_id) + b"data", back=back)
+
+
+def test_twin_calls_in_two_zones_are_two_connections() -> None:
+    """The same addresses; the server gave both calls the same id, and the clients did not."""
+    text = POLICY.replace(b'["tcp", "udp"]', b'"tcp"').replace(b'"ftp"', b'"pptp"')
+    fw = Firewall(Conntrack(Sysctl()), compile_ruleset(parse(text, "test.toml"), 1))
+    fw.net.zones = {1: 5, 2: 5, 3: 6, 4: 6}
+
+    def cross(packet: bytes, iif: int, oif: int) -> None:
+        mark = pre_routing(fw, packet, NF_INET_PRE_ROUTING, iif, START_MS)
+        if mark != DROP and mark & MARK_UNCONFIRMED:
+            mark = post_routing(fw, packet, mark, NF_INET_POST_ROUTING, iif, oif, START_MS)
+        assert mark != DROP
+
+    def calls() -> dict[tuple[int, bytes], bool]:
+        """The calls by zone and ids, and whether they were answered."""
+        return {
+            (ct.zone, ct.orig[-4:]): ct.status & IPS_SEEN_REPLY != 0
+            for ct in fw.net.table.connections()
+            if ct.protonum == IPPROTO_GRE
+        }
+
+    for iif, oif, pns in (1, 2, 0x1111), (3, 4, 0x3333):
+        for packet in pptp_session(pns, 0x2222):
+            back = packet[12:16] == SERVER[4]
+            cross(packet, oif if back else iif, iif if back else oif)
+    for iif, oif in (1, 2), (3, 4):
+        cross(of_call(0x2222), iif, oif)
+    assert calls() == {(5, bytes.fromhex("11112222")): False, (6, bytes.fromhex("33332222")): False}
+    cross(of_call(0x1111, back=True), 2, 1)
+    cross(of_call(0x3333, back=True), 4, 3)
+    assert calls() == {(5, bytes.fromhex("11112222")): True, (6, bytes.fromhex("33332222")): True}
+    # One session ends with its call; the other call goes on.
+    (control,) = [ct for ct in fw.net.table.connections() if ct.zone == 5 and ct.protonum == IPPROTO_TCP]
+    fw.net.table.kill(control, START_MS)
+    assert calls() == {(6, bytes.fromhex("33332222")): True}
+    assert set(fw.net.table.gre_keymap) == {
+        zone_key(6, get_tuple(of_call(0x2222), 0)), zone_key(6, get_tuple(of_call(0x3333, back=True), 0)),
+    }  # fmt: skip

@@ -15,7 +15,7 @@ from conntrackd.core.expect import EXPECT_OK, Expect, expect_from
 from conntrackd.core.helper import Help, Helper, Message, Policy
 from conntrackd.core.net import Conntrack
 from conntrackd.core.proto.gre import GreConn
-from conntrackd.core.table import Table
+from conntrackd.core.table import Table, zone_key
 from conntrackd.core.tuples import destination, invert, source
 from conntrackd.wire.fields import u16, u32
 
@@ -160,7 +160,7 @@ class Pptp(Helper):
         info = ct.help
         assert isinstance(info, PptpHelp)
         for key in info.keymap:
-            table.gre_keymap[without_own_id(key)] = key
+            table.gre_keymap[shown_key(ct, key)] = key
 
     def destroy(self, table: Table, ct: Conn, now_ms: int) -> None:
         """End the call with its session."""
@@ -206,7 +206,7 @@ def expect_call(net: Conntrack, ct: Conn, info: PptpHelp, now_ms: int) -> None:
         return
     if not info.keymap:
         for key in (outward.tuple, inward.tuple):
-            net.table.gre_keymap[without_own_id(key)] = key
+            net.table.gre_keymap[shown_key(ct, key)] = key
             info.keymap.append(key)
     elif info.keymap != [outward.tuple, inward.tuple]:
         # A session has one call until it is disconnected.
@@ -214,15 +214,15 @@ def expect_call(net: Conntrack, ct: Conn, info: PptpHelp, now_ms: int) -> None:
         expectations.unlink(inward, now_ms)
 
 
-def without_own_id(key: bytes) -> bytes:
-    """Return the tuple that a packet of a call shows."""
-    return key[:-4] + b"\0\0" + key[-2:]
+def shown_key(ct: Conn, key: bytes) -> bytes:
+    """Return what a packet of a session's call shows: the tuple without the id of its own side; in the zone of both."""
+    return zone_key(ct.zone, key[:-4] + b"\0\0" + key[-2:])
 
 
 def end_call(table: Table, ct: Conn, info: PptpHelp, now_ms: int) -> None:
     """Forget a call, be it expected or under way [pptp_destroy_siblings]."""
     for key in info.keymap:
-        shown = without_own_id(key)
+        shown = shown_key(ct, key)
         if table.gre_keymap.get(shown) is key:  # it may be a later session's by now
             del table.gre_keymap[shown]
     info.keymap = []
