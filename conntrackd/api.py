@@ -215,13 +215,6 @@ class TcpDetails(msgspec.Struct):
     reply: TcpSide
 
 
-class SctpDetails(msgspec.Struct):
-    """The verification tags of an SCTP association."""
-
-    vtag_orig: int
-    vtag_reply: int
-
-
 class FlowDetails(Flow, rename={"in_": "in"}, kw_only=True):
     """Everything about one connection (`flow`)."""
 
@@ -233,7 +226,6 @@ class FlowDetails(Flow, rename={"in_": "in"}, kw_only=True):
     children: list[int]  # ids of the connections that it has announced
     expected: list[Expectation]  # that it has announced and that have not come
     tcp: TcpDetails | UnsetType = UNSET
-    sctp: SctpDetails | UnsetType = UNSET
 
 
 class ExpectationEvent(msgspec.Struct, kw_only=True):

@@ -72,8 +72,8 @@ def _lines(flow: api.FlowDetails) -> Iterator[tuple[str, str]]:
                 name,
                 f"end {side.end}, may send to {side.max_end}, window {side.max_window}, scale {side.scale}{flags}",
             )
-    if isinstance(flow.sctp, api.SctpDetails):
-        yield "sctp", f"tags {flow.sctp.vtag_orig:#x}, {flow.sctp.vtag_reply:#x}"
+    if isinstance(flow.orig.vtag, int):
+        yield "sctp", f"tags {flow.orig.vtag:#x}, {flow.reply.vtag:#x}"
 
 
 def _tuple(direction: api.Direction) -> str:

@@ -90,7 +90,6 @@ def details(
         children=children,
         expected=[expectation(expect, now_ms) for expect in expected if expect.expires_ms > now_ms],
         tcp=api.TcpDetails(_side(ct.original), _side(ct.replier)) if isinstance(ct, TcpConn) else msgspec.UNSET,
-        sctp=api.SctpDetails(*ct.vtag) if isinstance(ct, SctpConn) else msgspec.UNSET,
     )
 
 

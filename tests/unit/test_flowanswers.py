@@ -14,7 +14,7 @@ from conntrackd.core.conntrack import set_labels
 from conntrackd.core.expect import ANY_PORT, EXPECT_OK, expect_from
 from conntrackd.core.helpers import HELPERS
 from conntrackd.daemon.control import MORE, QUIET
-from tests.differential.packets import ACK, SYN
+from tests.differential.packets import ACK, SYN, chunk
 from tests.unit import craft
 from tests.unit.answering import BEGIN, LAN, WAN, Lab
 
@@ -75,6 +75,14 @@ def test_what_stands_for_ports(
     common = {"src", "dst", "packets", "bytes"}
     assert {name: value for name, value in flow["orig"].items() if name not in common} == orig
     assert {name: value for name, value in flow["reply"].items() if name not in common} == reply
+
+
+def test_verification_tags_stand_at_their_direction(lab: Lab) -> None:
+    lab.send(craft.sctp(0, chunk(1, 0, craft.sctp_init(5))))
+    lab.send(craft.sctp(5, chunk(2, 0, craft.sctp_init(6)), back=True), WAN, LAN)
+    (row,) = lab.ask("flow", id=1)
+    assert (row["orig"]["vtag"], row["reply"]["vtag"]) == (6, 5)
+    assert lab.ask("flows")[0]["orig"] == row["orig"]
 
 
 def test_flows_change_under_a_reader(lab: Lab) -> None:
