@@ -66,15 +66,22 @@ def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
             importlib.import_module(f"conntrackd.cli.{command}").add_parser(subparsers)
         else:
             subparsers.add_parser(command, help=summary)
-    # Before or after the command: the one that is given counts, so neither has a default of its own.
-    for at in (parser, *subparsers.choices.values()):
-        at.add_argument(
-            "--socket",
-            metavar="PATH",
-            default=argparse.SUPPRESS,
-            help="control socket (else $CONNTRACKD_SOCKET, else /run/conntrackd/control.sock)",
-        )
+    _add_socket(parser)
     return parser
+
+
+def _add_socket(parser: argparse.ArgumentParser) -> None:
+    """Add --socket before and after each command and action: the last that is given counts, so none has a default."""
+    parser.add_argument(
+        "--socket",
+        metavar="PATH",
+        default=argparse.SUPPRESS,
+        help="control socket (else $CONNTRACKD_SOCKET, else /run/conntrackd/control.sock)",
+    )
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for choice in action.choices.values():
+                _add_socket(choice)
 
 
 def main() -> int:

@@ -113,6 +113,16 @@ def test_socket_before_or_after_or_in_the_environment(control: str) -> None:
     assert conntrackd("flows", "--socket", control, CONNTRACKD_SOCKET="/nowhere").stdout == expected
 
 
+def test_socket_at_every_place_of_a_command_with_actions(tmp_path: Path) -> None:
+    path = str(tmp_path / "none")
+    words = ("set", "add", "blocked", "192.0.2.1")
+    for at in range(len(words) + 1):
+        done = conntrackd(*words[:at], "--socket", path, *words[at:])
+        assert (done.returncode, done.stdout) == (3, "")
+        assert path in done.stderr
+    assert conntrackd("completion", "bash", "--socket", path).stdout == conntrackd("completion", "bash").stdout
+
+
 @pytest.mark.parametrize("command", ["status", "flows", "stats", "drops"])
 def test_not_running(tmp_path: Path, command: str) -> None:
     done = conntrackd(command, "--socket", str(tmp_path / "none"))
