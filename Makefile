@@ -88,6 +88,7 @@ install: $(WHEELS)/.done ## install under PREFIX=/usr/local, below DESTDIR: prog
 	@sed 's,@LIB@,$(LIB),' packaging/conntrackd.py > $(DESTDIR)$(PREFIX)/sbin/conntrackd && chmod 755 $(DESTDIR)$(PREFIX)/sbin/conntrackd
 	@install -d $(DESTDIR)$(UNITDIR) $(addprefix $(DESTDIR)$(PREFIX)/lib/,sysusers.d tmpfiles.d)
 	@sed 's,/usr/sbin/,$(PREFIX)/sbin/,' systemd/conntrackd.service > $(DESTDIR)$(UNITDIR)/conntrackd.service
+	@install -m 644 systemd/system-conntrackd.slice $(DESTDIR)$(UNITDIR)
 	@install -m 644 systemd/sysusers.conf $(DESTDIR)$(PREFIX)/lib/sysusers.d/conntrackd.conf
 	@install -m 644 systemd/tmpfiles.conf $(DESTDIR)$(PREFIX)/lib/tmpfiles.d/conntrackd.conf
 	@for page in man/*.[1-8]; do install -D -m 644 $$page $(DESTDIR)$(PREFIX)/share/man/man$${page##*.}/$${page##*/}; done
@@ -127,7 +128,7 @@ test-deb: deb ## the package in a Debian that debootstrap makes: installed, run,
 
 uninstall: ## remove what install put there; the configuration and the state stay
 	rm -rf $(DESTDIR)$(LIB)
-	rm -f $(DESTDIR)$(PREFIX)/sbin/conntrackd $(DESTDIR)$(UNITDIR)/conntrackd.service
+	rm -f $(DESTDIR)$(PREFIX)/sbin/conntrackd $(addprefix $(DESTDIR)$(UNITDIR)/,conntrackd.service system-conntrackd.slice)
 	rm -f $(addprefix $(DESTDIR)$(PREFIX)/lib/,sysusers.d/conntrackd.conf tmpfiles.d/conntrackd.conf)
 	for page in man/*.[1-8]; do rm -f $(DESTDIR)$(PREFIX)/share/man/man$${page##*.}/$${page##*/}; done
 

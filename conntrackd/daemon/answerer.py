@@ -75,7 +75,8 @@ class Answerer:
                     log.warning(
                         "reject_cannot_answer",
                         error=error.strerror,
-                        need="IPAddressAllow=any in the systemd unit, and an OUTPUT chain that lets it pass",
+                        need="an OUTPUT chain that lets it pass, and IPAddressAllow= in system-conntrackd.slice if the "
+                        "addresses that may be answered were made narrower",
                     )
         answers.clear()
 

@@ -44,6 +44,10 @@ COUNTERS: Final = {
     ),
     "suspended": Counter(WARNING, "The machine slept, {count} times: see [exception] suspend for what has expired."),
     "clock_set": Counter(WARNING, "The wall clock was set {count} times; nothing but the times in answers goes by it."),
+    "reject_unanswered": Counter(
+        WARNING,
+        "{count} answers of `reject` could not be sent: see reject_cannot_answer in the log. The packets were dropped.",
+    ),
     "log_lost": Counter(
         WARNING, "{count} lines of the log were lost: whatever reads it does not keep up, or its disk is full."
     ),

@@ -136,6 +136,7 @@ class Daemon:
         self._confirm = Queue(confirm_number, fw, mark, accept_on_error)
         queues = (self._track, self._confirm)
         self._faults = Faults(fw)
+        self._faults.watch("reject_unanswered", lambda: self._answerer.failed)
         self._faults.watch("log_lost", lambda: sink.lost)
         self._faults.watch("suspended", lambda: self._clock.suspended)
         self._faults.watch("clock_set", lambda: self._clock.set)

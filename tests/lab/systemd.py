@@ -39,7 +39,7 @@ for node in null zero full random urandom tty; do touch dev/$node && mount --bin
 ln -s /proc/self/fd dev/fd; ln -s pts/ptmx dev/ptmx
 rm -rf etc/systemd/system
 units=etc/systemd/system
-mkdir -p $units/conntrackd.service.d
+mkdir -p $units/conntrackd.service.d $units/system-conntrackd.slice.d
 printf '[Unit]\nDescription=Only what is asked for\n' > $units/default.target
 printf '[Service]\nWatchdogSec=2s\nStandardError=append:/run/conntrackd.log\n' > $units/conntrackd.service.d/lab.conf
 mkdir old

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,10 +11,13 @@ from pathlib import Path
 import pytest
 
 from tests.lab.daemon import POLICY, queues
-from tests.lab.network import Network, network, wait_until
+from tests.lab.network import Host, Network, network, wait_until
 from tests.lab.systemd import INSTALLED, UNIT, Machine, control_groups, machine
+from tests.lab.traffic import AF
 
 CONFIG = "/etc/conntrackd/conntrackd.toml"
+SLICE = "/etc/systemd/system/system-conntrackd.slice.d"
+REJECT = POLICY.replace('default = "drop"', 'default = "reject"')
 CAP_NET_ADMIN, CAP_NET_RAW = 12, 13
 
 
@@ -70,10 +74,23 @@ def test_it_is_nobody_and_may_do_little(service: Machine) -> None:
     assert process_status(service, "Uid").split() == [str(uid)] * 4
 
 
+def as_daemon(service: Machine) -> list[str]:
+    """Begins a command with the daemon's user, and what it sees of the file system."""
+    pid = service.show("MainPID")
+    return ["nsenter", "-t", pid, "-m", "setpriv", "--reuid=conntrackd", "--regid=conntrackd", "--clear-groups"]
+
+
+def test_what_it_can_write_it_cannot_run(service: Machine) -> None:
+    for place in ("/run/conntrackd", "/var/lib/conntrackd", "/tmp"):
+        service.run(*as_daemon(service), "cp", "/bin/true", f"{place}/true")
+        done = service.run(*as_daemon(service), f"{place}/true", check=False)
+        assert "Permission denied" in done.stderr
+        service.run(*as_daemon(service), "rm", f"{place}/true")
+
+
 def test_it_sees_what_the_kernel_keeps_for_root(service: Machine) -> None:
     """How many packets wait, and how many were lost, before they came to it: the daemon's user may read that."""
-    pid = service.show("MainPID")
-    daemon = ["nsenter", "-t", pid, "-m", "setpriv", "--reuid=conntrackd", "--regid=conntrackd", "--clear-groups"]
+    daemon = as_daemon(service)
     lines = service.run(*daemon, "cat", "/proc/net/netfilter/nfnetlink_queue").stdout.splitlines()
     assert [line.split()[0] for line in lines] == ["0", "1"]
     assert service.run(*daemon, "cat", "/proc/net/ip_tables_names").stdout
@@ -158,14 +175,41 @@ def test_the_unit_has_no_mistake(booted: Machine) -> None:
     assert os.access(Path(INSTALLED) / "usr" / "sbin" / "conntrackd", os.X_OK)
 
 
-def test_the_network_is_out_of_reach_until_the_unit_allows_answers(net: Network, service: Machine) -> None:
-    service.write(CONFIG, POLICY.replace('default = "drop"', 'default = "reject"'))
-    service.systemctl("reload")
-    ping = ["ping", "-n", "-c", "1", "-W", "1", net.client.ipv4]
-    assert "Unreachable" not in net.server.run(*ping, check=False).stdout
-    wait_until(lambda: "IPAddressAllow=any" in service.log(), "the log says what is needed")
+def is_told(asker: Host, family: int, target: str, kind: socket.SocketKind) -> bool:
+    """Whether who asks there hears at once that he may not: by a RST, or by port unreachable."""
+    near = asker.open_socket(AF[family], kind)
+    near.settimeout(1.0)
+    try:
+        near.connect((target, 7))
+        near.send(b"x")
+        near.recv(1)
+    except ConnectionRefusedError:
+        return True
+    except TimeoutError:
+        return False
+    raise AssertionError("it was let through")
 
-    service.write("/etc/systemd/system/conntrackd.service.d/answers.conf", "[Service]\nIPAddressAllow=any\n")
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM])
+def test_reject_answers(net: Network, service: Machine, family: int, kind: socket.SocketKind) -> None:
+    service.write(CONFIG, REJECT)
+    service.systemctl("reload")
+    assert is_told(net.server, family, net.client.address(family), kind)
+    assert "reject_cannot_answer" not in service.log()
+
+
+def test_whom_reject_answers_is_the_slices_matter(net: Network, service: Machine) -> None:
+    service.write(CONFIG, REJECT.replace('to = "wan"', 'to = "wan"\nport = 80\nprotocol = "tcp"'))
+    service.write(f"{SLICE}/lan.conf", "[Slice]\nIPAddressAllow=\nIPAddressAllow=10.1.0.0/16\n")
     service.run("systemctl", "daemon-reload")
     service.systemctl("restart")
-    assert "Unreachable" in net.server.run(*ping, check=False).stdout
+    assert is_told(net.client, 4, net.server.ipv4, socket.SOCK_DGRAM)
+    assert not is_told(net.server, 4, net.client.ipv4, socket.SOCK_DGRAM)
+    wait_until(lambda: "reject_cannot_answer" in service.log(), "the log says what is needed")
+
+    def problems() -> str:
+        return service.run("conntrackd", "status").stdout
+
+    wait_until(lambda: "could not be sent" in problems(), "it is in the status")
+    service.run("rm", f"{SLICE}/lan.conf")
+    service.run("systemctl", "daemon-reload")
