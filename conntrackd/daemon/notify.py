@@ -71,8 +71,11 @@ class Notify:
         return self._address != ""
 
     def store(self, name: str, fds: Sequence[int]) -> bool:
-        """Give descriptors to be kept until the next start (`inherited`); whether they were sent."""
-        return self._send("FDSTORE=1", f"FDNAME={name}", fds=fds)
+        """Give descriptors to be kept until the next start (`inherited`); whether they were sent.
+
+        FDPOLL=0: a queue that was overrun has an error to tell, and would be thrown out for it.
+        """
+        return self._send("FDSTORE=1", f"FDNAME={name}", "FDPOLL=0", fds=fds)
 
     def forget(self, name: str) -> None:
         """Have the kept descriptors of this name closed."""

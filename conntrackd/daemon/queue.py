@@ -190,6 +190,7 @@ class Queue:
 
     def _drop_orphans(self, sock: socket.socket, known: KernelQueue) -> None:
         first_id = known.last_id + 1  # of those that are still to be read
+        sock.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)  # of an overrun, which would be said instead of a packet
         with contextlib.suppress(BlockingIOError):
             message = sock.recv(PACKET_ID_AT + 4, socket.MSG_PEEK | socket.MSG_DONTWAIT)
             if native16(message, 4) == NFQNL_MSG_PACKET:

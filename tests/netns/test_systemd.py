@@ -7,13 +7,15 @@ import socket
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.lab.daemon import POLICY, queues
 from tests.lab.network import Host, Network, network, wait_until
 from tests.lab.systemd import INSTALLED, UNIT, Machine, control_groups, machine
-from tests.lab.traffic import AF
+from tests.lab.traffic import AF, talk, tcp_pair, udp_socket
+from tests.netns.test_handover import Probes
 
 CONFIG = "/etc/conntrackd/conntrackd.toml"
 SLICE = "/etc/systemd/system/system-conntrackd.slice.d"
@@ -135,6 +137,87 @@ def test_stuck_or_killed_it_comes_back(net: Network, service: Machine, signal: s
     assert passes(net)
     if signal == "STOP":
         assert "Fatal Python error: Aborted" in service.log()
+
+
+# --- The queues, kept over a restart and a crash -------------------------------------------------------------------
+
+
+def logged(service: Machine, event: str) -> int:
+    return service.log().count(f'"event": "{event}"')
+
+
+def flow(service: Machine, near: socket.socket) -> dict[str, Any]:
+    """The connection of this client."""
+    (found,) = json.loads(service.run("conntrackd", "flows", f"src port {near.getsockname()[1]}", "-o", "json").stdout)
+    assert isinstance(found, dict)
+    return found
+
+
+def test_a_restart_loses_no_packet_and_no_connection(net: Network, service: Machine, family: int) -> None:
+    near, far = tcp_pair(net.client, net.server, family, 7)
+    talk(near, far, b"before")
+    before, adopted, pid = flow(service, near), logged(service, "queue_adopted"), service.show("MainPID")
+    assert service.show("NFileDescriptorStore") == "2"
+    probes = Probes(udp_socket(net.client, family), udp_socket(net.server, family), 0.002)
+    with probes.flowing():
+        for number in range(1, 4):
+            wait_until(lambda: len(probes.arrived) > 20, "probes arrive")
+            service.systemctl("restart")
+            assert logged(service, "queue_adopted") == adopted + 2 * number
+            assert service.show("NFileDescriptorStore") == "2"  # the state has been taken, the queues are the same
+            talk(far, near, b"from outside")
+            talk(near, far, b"from inside")
+    assert probes.lost() == set()
+    assert service.show("MainPID") != pid
+    after = flow(service, near)
+    assert (after["id"], after["age_seconds"] >= before["age_seconds"]) == (before["id"], True)
+    for queue in queues(net.router).values():
+        assert (queue.dropped_full, queue.dropped_socket) == (0, 0)
+
+
+def test_a_crash_keeps_the_queues_and_the_last_snapshot(net: Network, service: Machine) -> None:
+    service.write(CONFIG, POLICY + '\n[state]\nsnapshot = "1s"\n')
+    service.systemctl("restart")
+    near, far = tcp_pair(net.client, net.server, 4, 7)
+    talk(near, far, b"before")
+    before, adopted, restored = (
+        flow(service, near),
+        logged(service, "queue_adopted"),
+        logged(service, "snapshot_restored"),
+    )
+    taken = state(service)["taken"]
+    wait_until(lambda: state(service)["taken"] >= taken + 2, "a snapshot with the connection")
+    probes = Probes(udp_socket(net.client, 4), udp_socket(net.server, 4), 0.005)
+    with probes.flowing():
+        wait_until(lambda: len(probes.arrived) > 20, "probes arrive")
+        service.run("kill", "-KILL", service.show("MainPID"))
+        wait_until(lambda: logged(service, "snapshot_restored") > restored, "it runs again", 30.0)
+        talk(far, near, b"from outside")
+    assert len(probes.lost()) <= 64  # what the one that was killed had in its hands, and nothing else
+    assert logged(service, "queue_adopted") == adopted + 2
+    assert flow(service, near)["id"] == before["id"]
+    assert state(service)["restored"] >= 1
+
+
+def state(service: Machine) -> dict[str, Any]:
+    found = json.loads(service.run("conntrackd", "status", "-o", "json").stdout)["state"]
+    assert isinstance(found, dict)
+    return found
+
+
+def test_a_queue_that_was_overrun_is_kept_too(net: Network, service: Machine) -> None:
+    """An overrun is an error that waits on the socket: systemd lets go of such sockets, unless it is asked not to."""
+    service.write(CONFIG, POLICY + "\n[queue]\nmax_length = 100\nsocket_buffer = 65536\n")
+    service.systemctl("restart")
+    adopted, pid = logged(service, "queue_adopted"), service.show("MainPID")
+    service.run("kill", "-STOP", pid)
+    near, far = udp_socket(net.client, 4), udp_socket(net.server, 4)
+    for _ in range(60):
+        near.sendto(bytes(60_000), far.getsockname())
+    assert queues(net.router)[0].dropped_socket > 0
+    service.run("kill", "-KILL", pid)
+    wait_until(lambda: logged(service, "queue_adopted") == adopted + 2, "the next one goes on with them", 30.0)
+    assert far.recv(65_536) == bytes(60_000)  # one that waited
 
 
 def test_stopped_it_fails_closed(net: Network, service: Machine) -> None:

@@ -67,7 +67,7 @@ def test_descriptors_arrive_with_their_name(manager: Manager, notify: Notify) ->
     with left, right:
         assert notify.store("pair", [left.fileno(), right.fileno()])
         said, fds, _, _ = socket.recv_fds(manager.socket, 4096, 4)
-        assert said.decode().split("\n") == ["FDSTORE=1", "FDNAME=pair"]
+        assert said.decode().split("\n") == ["FDSTORE=1", "FDNAME=pair", "FDPOLL=0"]
         os.write(fds[0], b"hello")
         assert os.read(fds[1], 10) == b"hello"
         for fd in fds:
