@@ -44,6 +44,9 @@ COUNTERS: Final = {
     ),
     "suspended": Counter(WARNING, "The machine slept, {count} times: see [exception] suspend for what has expired."),
     "clock_set": Counter(WARNING, "The wall clock was set {count} times; nothing but the times in answers goes by it."),
+    "interface_gone": Counter(
+        WARNING, "{count} interfaces of zones went, or lost their names: their rules rest until they are back."
+    ),
     "reject_unanswered": Counter(
         WARNING,
         "{count} answers of `reject` could not be sent: see reject_cannot_answer in the log. The packets were dropped.",

@@ -85,6 +85,7 @@ class Generations:
         self._sweep: Iterator[Conn] | None = None
         self.history = [_generation(1, "start", "conntrackd", config)]
         self.fingerprint = fingerprint(config)
+        self.interfaces_gone = 0  # or out of their zones, for they have another name
         self.set_links()
         self._set_timeouts(fw.ruleset)
 
@@ -283,8 +284,11 @@ class Generations:
     def set_links(self) -> None:
         """Tell the policy and the tracker which interfaces there are; to be called whenever they change."""
         ruleset, names = self._fw.ruleset, self._links.names
+        before = ruleset.zone_of
         ruleset.set_links(self._links.absent | names)
-        zones = {index: ruleset.conntrack_zones.get(ruleset.zone_of.get(index, NO_ZONE), 0) for index in names}
+        now = ruleset.zone_of
+        self.interfaces_gone += sum(zone not in (NO_ZONE, now.get(index, NO_ZONE)) for index, zone in before.items())
+        zones = {index: ruleset.conntrack_zones.get(now.get(index, NO_ZONE), 0) for index in names}
         self._fw.net.zones = {index: zone for index, zone in zones.items() if zone}
 
     def _set_timeouts(self, ruleset: Ruleset) -> None:

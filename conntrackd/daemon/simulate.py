@@ -8,6 +8,7 @@
     request:N      the Nth request on the control socket finds no memory left
     suspend:N:S    with the Nth packet the machine has slept for so many seconds
     clock:N:S      with the Nth packet the wall clock is set forward by so many seconds
+    disk:N:COUNT   the Nth write of a snapshot has room for half, and the next COUNT find the disk full
 
 Nothing of this is there when no failure is asked for: the daemon is given the real parts.
 """
@@ -21,12 +22,13 @@ from typing import Final, ParamSpec, TypeVar
 from conntrackd.daemon.clock import Clock
 from conntrackd.daemon.control import Answer
 from conntrackd.daemon.mmsg import Inbox
+from conntrackd.daemon.statefile import WriteDisk
 from conntrackd.hooks import Firewall, pre_routing
 
 SWITCH: Final = "CONNTRACKD_TEST"
 KINDS: Final = {
     "exception": "N", "memory": "N", "slow": "N:MS", "enobufs": "N", "verdict": "N", "request": "N",
-    "suspend": "N:S", "clock": "N:S",
+    "suspend": "N:S", "clock": "N:S", "disk": "N:COUNT",
 }  # fmt: skip
 
 Track = Callable[[Firewall, bytes, int, int, int, int], int]
@@ -46,6 +48,7 @@ class Parts:
         self.track: Track = pre_routing
         self.inbox: Callable[[int, int], Inbox] = Inbox
         self.write: Callable[[int, bytes], int] = os.write
+        self.write_disk: WriteDisk = os.write
         self.answer: Callable[[Answer], Answer] = lambda answer: answer
 
 
@@ -74,6 +77,8 @@ def parts(simulate: str | None) -> Parts:
         found.write = _before(_Nth(at, _no_room), os.write)
     elif kind == "request":
         found.answer = lambda answer: _before(_Nth(at, _no_memory), answer)
+    elif kind == "disk":
+        found.write_disk = _FullDisk(at, more)
     else:
         clocks = {time.CLOCK_REALTIME} | ({time.CLOCK_BOOTTIME} if kind == "suspend" else set())
         leap = _Leap(clocks, more)
@@ -123,6 +128,23 @@ class _Overrun(Inbox):
     def receive(self, fd: int, count: int) -> int:
         self._before()
         return super().receive(fd, count)
+
+
+class _FullDisk:
+    """As a disk fills up: one write in part, then none, until somebody makes room."""
+
+    def __init__(self, number: int, count: int) -> None:
+        self._left = number
+        self._full = count
+
+    def __call__(self, fd: int, data: memoryview) -> int:
+        self._left -= 1
+        if self._left == 0:
+            return os.write(fd, data[: len(data) // 2])
+        if self._left < 0 and self._full:
+            self._full -= 1
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return os.write(fd, data)
 
 
 class _Leap:

@@ -17,7 +17,7 @@ from conntrackd.daemon.generations import Generations
 from conntrackd.daemon.links import Links
 from conntrackd.daemon.restore import Restored, restore
 from conntrackd.daemon.snapshot import Freezing, Moment, SnapshotError, boot_id
-from conntrackd.daemon.statefile import StateFile, Writing
+from conntrackd.daemon.statefile import StateFile, WriteDisk, Writing
 from conntrackd.hooks import Firewall
 
 WAITING_MAX: Final = 1 << 22  # bytes that wait for the disk; more are not made before some are written
@@ -30,7 +30,15 @@ log = structlog.get_logger()
 class State:
     """The state directory and what is written there. `now_ms` is set by the loop."""
 
-    def __init__(self, config: Config, fw: Firewall, links: Links, generations: Generations, now_ms: int) -> None:
+    def __init__(
+        self,
+        config: Config,
+        fw: Firewall,
+        links: Links,
+        generations: Generations,
+        now_ms: int,
+        write: WriteDisk = os.write,
+    ) -> None:
         self.now_ms = now_ms
         self._directory = config.state.directory
         self._period_ms = config.state.snapshot
@@ -39,6 +47,7 @@ class State:
         self._links = links
         self._generations = generations
         self._boot_id = boot_id()
+        self._write = write
         self._file: StateFile | None = None
         self._freezing: Freezing | None = None
         self._pieces: Iterator[bytes] | None = None
@@ -61,7 +70,7 @@ class State:
         if not self._directory:
             return
         try:
-            self._file = StateFile(self._directory)
+            self._file = StateFile(self._directory, self._write)
         except BlockingIOError:
             self._fail("another conntrackd has it")
         except OSError as error:

@@ -9,6 +9,7 @@ import fcntl
 import os
 import stat
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from queue import SimpleQueue
 from typing import BinaryIO, Final
@@ -21,13 +22,16 @@ NAME: Final = "snapshot"
 KEPT_ASIDE: Final = 3
 SIZE_MAX: Final = 1 << 32
 
+WriteDisk = Callable[[int, memoryview], int]  # as os.write
+
 log = structlog.get_logger()
 
 
 class StateFile:
     """The snapshot in a directory that is ours alone while the daemon runs. Raises OSError where there is none."""
 
-    def __init__(self, directory: str) -> None:
+    def __init__(self, directory: str, write: WriteDisk = os.write) -> None:
+        self._write = write
         self.path = Path(directory) / NAME
         self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._directory = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -65,7 +69,7 @@ class StateFile:
 
     def write(self) -> "Writing":
         """Begin to write a new snapshot."""
-        return Writing(self._directory)
+        return Writing(self._directory, self._write)
 
     def close(self) -> None:
         """Let others have the directory."""
@@ -78,12 +82,13 @@ class StateFile:
 class Writing:
     """A snapshot on its way to the disk, in a thread of its own. `done` says that it is over, `error` how it failed."""
 
-    def __init__(self, directory: int) -> None:
+    def __init__(self, directory: int, write: WriteDisk) -> None:
         self.done = False
         self.error = ""
         self.given = 0  # bytes that the thread was given, and that it has written
         self.written = 0
         self._directory = os.dup(directory)
+        self._write_disk = write
         self._abandoned = False
         self._pieces: SimpleQueue[bytes] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="snapshot", daemon=True)
@@ -131,7 +136,7 @@ class Writing:
             while piece := self._pieces.get():
                 left = memoryview(piece)
                 while left:
-                    left = left[file.write(left) :]
+                    left = left[self._write_disk(file.fileno(), left) :]
                 self.written += len(piece)
             if self._abandoned:
                 raise OSError("abandoned")

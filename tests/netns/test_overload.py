@@ -254,6 +254,7 @@ def test_an_interface_that_goes_and_comes_back_with_another_number(net: Network,
     before = {link["name"]: link["index"] for link in fw.status()["interfaces"]}
     net.router.run("ip", "link", "del", "wan")
     wait_until(lambda: "wan" not in {link["name"] for link in fw.status()["interfaces"]}, "it is gone")
+    wait_for_problem(fw, "interface_gone")
     net.router.run("ip", "link", "add", "filler", "type", "veth", "peer", "name", "filler2")
     net.router.run("ip", "link", "add", "wan", "type", "veth", "peer", "name", "eth0", "netns", net.server.netns)
     net.router.run("ip", "addr", "add", "10.2.0.1/24", "dev", "wan")
@@ -273,6 +274,7 @@ def test_an_interface_that_goes_and_comes_back_with_another_number(net: Network,
         "the server answers again",
     )
     exchange(net, fw)
+    assert fw.stats()["faults"]["interface_gone"] == 1
 
 
 def test_clients_that_hang_leave_room_for_others(net: Network, fw: Daemon) -> None:

@@ -125,6 +125,23 @@ def test_a_full_disk_costs_no_packet(net: Network, tmp_path: Path) -> None:
         assert fw.process.stop() == 0
 
 
+def test_a_disk_that_fills_up_costs_snapshots_until_there_is_room(net: Network, tmp_path: Path) -> None:
+    config = OFTEN.format(directory=tmp_path / "state")
+    with daemon(net.router, config, "--simulate", "disk:4:2", env={"CONNTRACKD_TEST": "1"}) as fw:
+        near, far = tcp_pair(net.client, net.server, 4, 7)
+        talk(near, far, b"before")
+        fw.wait_for_log("snapshot_failed")
+        talk(near, far, b"after")
+        fw.wait_for_log("snapshot_written_again")
+        state = fw.status()["state"]
+        assert (state["failed"], state["error"]) == (2, None)
+        assert "snapshot_failed" not in [problem["name"] for problem in fw.status()["problems"]]
+        fw.kill()
+        fw.start()
+        assert fw.flow("tcp", dport=7)
+        talk(far, near, b"from outside")
+
+
 def test_killed_while_it_writes_it_starts_with_what_was_there(net: Network, tmp_path: Path) -> None:
     directory = tmp_path / "state"
     with daemon(net.router, OFTEN.format(directory=directory)) as fw:

@@ -1,5 +1,8 @@
 """A counter that has risen is a problem until it has stood still for a minute."""
 
+import re
+from pathlib import Path
+
 import pytest
 from structlog.testing import capture_logs
 
@@ -7,7 +10,7 @@ from conntrackd import config
 from conntrackd.core.net import Conntrack
 from conntrackd.core.sysctl import Sysctl
 from conntrackd.daemon.faults import COUNTERS, HELD_UP_MS, Faults
-from conntrackd.daemon.health import ERROR, RECENT_MS, WARNING
+from conntrackd.daemon.health import ERROR, FILLING, LOSSES, RECENT_MS, WARNING
 from conntrackd.hooks import Firewall
 from conntrackd.policy.compile import compile as compile_ruleset
 
@@ -90,3 +93,9 @@ def test_every_counter_has_a_sentence(name: str) -> None:
     assert COUNTERS[name].severity in (WARNING, ERROR)
     assert "17" in COUNTERS[name].message.format(count=17)
     assert COUNTERS[name].message.endswith(".")
+
+
+def test_the_documentation_names_every_problem() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "faults.md").read_text()
+    named = set(re.findall(r"`(\w+)`", text))
+    assert named >= {*COUNTERS, *LOSSES, *(f"{kind}_filling" for kind in FILLING)}

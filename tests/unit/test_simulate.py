@@ -2,6 +2,8 @@
 
 import errno
 import os
+import re
+from pathlib import Path
 
 import pytest
 
@@ -14,7 +16,8 @@ from conntrackd.hooks import pre_routing
 
 def test_nothing_fails_unless_asked_for() -> None:
     real = parts(None)
-    assert (real.track, real.inbox, real.write, real.clock) == (pre_routing, Inbox, os.write, Clock)
+    assert (real.track, real.inbox, real.clock) == (pre_routing, Inbox, Clock)
+    assert (real.write, real.write_disk) == (os.write, os.write)
 
 
 @pytest.mark.parametrize("value", ["", "0", "yes"])
@@ -38,8 +41,13 @@ def test_one_part_fails_and_the_others_are_real(monkeypatch: pytest.MonkeyPatch,
     changed = {name for name, part in vars(failing).items() if part is not vars(real)[name]} - {"answer"}
     assert changed == {
         "enobufs": {"inbox"}, "verdict": {"write"}, "request": set(), "suspend": {"clock", "track"},
-        "clock": {"clock", "track"},
+        "clock": {"clock", "track"}, "disk": {"write_disk"},
     }.get(kind, {"track"})  # fmt: skip
+
+
+def test_the_documentation_has_them_all() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "faults.md").read_text()
+    assert re.findall(r"^\| `(\w+):([\w:]+)` \|", text, re.MULTILINE) == list(KINDS.items())
 
 
 def test_it_fails_at_its_turn_and_only_then(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,4 +59,17 @@ def test_it_fails_at_its_turn_and_only_then(monkeypatch: pytest.MonkeyPatch) -> 
         write(null, b"2")
     assert refused.value.errno == errno.ENOBUFS
     assert write(null, b"3") == 1
+    os.close(null)
+
+
+def test_a_disk_fills_up_and_is_emptied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(simulate.SWITCH, "1")
+    write = parts("disk:2:2").write_disk
+    null, data = os.open(os.devnull, os.O_WRONLY), memoryview(bytes(10))
+    assert [write(null, data), write(null, data)] == [10, 5]
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space left") as refused:
+            write(null, data)
+        assert refused.value.errno == errno.ENOSPC
+    assert write(null, data) == 10
     os.close(null)

@@ -9,11 +9,12 @@ from structlog.testing import capture_logs
 
 from conntrackd import api
 from conntrackd.config import Config, parse
+from conntrackd.daemon import simulate
 from conntrackd.daemon.generations import Generations
 from conntrackd.daemon.notify import Notify
 from conntrackd.daemon.snapshot import MAGIC, START, VERSION, check
 from conntrackd.daemon.state import State
-from conntrackd.daemon.statefile import KEPT_ASIDE, NAME
+from conntrackd.daemon.statefile import KEPT_ASIDE, NAME, WriteDisk
 from conntrackd.hooks import Firewall
 from conntrackd.policy.compile import compile as compile_ruleset
 from tests.lab.network import wait_until
@@ -32,13 +33,13 @@ def no_manager() -> Notify:
 class Daemon:
     """The part of a daemon that keeps state, and its clock."""
 
-    def __init__(self, directory: Path, policy: str = POLICY) -> None:
+    def __init__(self, directory: Path, policy: str = POLICY, write: WriteDisk = os.write) -> None:
         config = self.config(directory, policy)
         self.router = Router(POLICY)
         self.router.fw = self.fw = firewall(policy)
         self.here = links()
         self.generations = Generations(config, "test.toml", self.fw, self.here, no_manager())
-        self.state = State(config, self.fw, self.here, self.generations, START_MS)
+        self.state = State(config, self.fw, self.here, self.generations, START_MS, write)
         self.state.open()
         self.state.restore()
 
@@ -129,6 +130,33 @@ def test_what_is_there_stays_until_the_new_one_is_whole(directory: Path, daemon:
     assert (directory / NAME).read_bytes() == b"old"
     daemon.go_on()
     assert (directory / NAME).read_bytes().startswith(MAGIC)
+
+
+def test_a_full_disk_leaves_what_is_there_until_there_is_room(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(simulate.SWITCH, "1")
+    daemon = Daemon(directory)
+    daemon.router.cross(udp(b"x"))
+    daemon.state.last()
+    daemon.state.close()
+    before = (directory / NAME).read_bytes()
+
+    daemon = Daemon(directory, write=simulate.parts("disk:1:2").write_disk)
+    with capture_logs() as lines:
+        for failed in 1, 2:
+            daemon.begin()
+            daemon.go_on()
+            status = daemon.status()
+            assert (status.taken, status.failed, status.error) == (0, failed, "No space left on device")
+            assert [problem.name for problem in daemon.state.problems()] == ["snapshot_failed"]
+            assert os.listdir(directory) == [NAME]
+            assert (directory / NAME).read_bytes() == before
+        daemon.begin()
+        daemon.go_on()
+    assert (daemon.status().taken, daemon.status().failed, daemon.status().error) == (1, 2, None)
+    assert list(daemon.state.problems()) == []
+    assert [line["event"] for line in lines] == ["snapshot_failed", "snapshot_written_again"]
+    with (directory / NAME).open("rb") as file:
+        check(file)
 
 
 def test_a_stop_ends_the_one_that_is_being_made(directory: Path, daemon: Daemon) -> None:
