@@ -185,11 +185,11 @@ test-life: setup ## a million random operations on the table against a naive acc
 test-differential: setup ## the core against the live kernel, packet by packet, for ten minutes (SECONDS=600)
 	$(BIN)/python -m tests.differential --seconds $(or $(SECONDS),600)
 
-soak: setup ## full rate with churn: memory stays, nothing is left behind, counters add up (SECONDS=600)
-	$(BIN)/python -m tests.soak.overload churn --seconds $(or $(SECONDS),600)
+soak: compile ## much traffic for long: memory stays, nothing is left behind, counters add up (SECONDS=600 CORE=pure)
+	$(BIN)/python -m tests.soak.overload churn --seconds $(or $(SECONDS),600) --core $(or $(CORE),compiled)
 
-soak-flood: setup ## more than can be judged: it answers, counts and recovers (SECONDS=30)
-	$(BIN)/python -m tests.soak.overload flood --seconds $(or $(SECONDS),30)
+soak-flood: compile ## more than can be judged: it answers, counts and recovers (SECONDS=30 CORE=pure; as a rule both cores)
+	$(BIN)/python -m tests.soak.overload flood --seconds $(or $(SECONDS),30) $(addprefix --core ,$(or $(CORE),compiled pure))
 
 soak-restart: setup ## restarts under load: no connection broken, no packet lost (ROUNDS=10)
 	$(BIN)/python -m tests.soak restart --rounds $(or $(ROUNDS),10)

@@ -4,6 +4,7 @@
  *
  *     --udp RATE          packets of 22 bytes payload per second in one flow that the server has answered once;
  *                         0 = as many as go
+ *     --new RATE          the same, each packet from a port or an address of its own: every one begins a connection
  *     --ping US           a UDP packet to and fro every so many microseconds, 0 = one after the other
  *     --conns N           TCP connections, N at a time: open, one request, one answer, close
  *     --request US        the same one at a time, every so many microseconds
@@ -15,6 +16,8 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <getopt.h>
+#include <netinet/ip.h>
+#include <netinet/udp.h>
 #include <poll.h>
 #include <pthread.h>
 #include <sched.h>
@@ -34,6 +37,10 @@ enum {
     PAYLOAD = 22,
     UDP_PORT = 9001,
     PING_PORT = 9002,
+    NEW_PORT = 9003,
+    PORTS_FROM = 1024, /* of those that begin connections, and the last byte of their addresses */
+    HOSTS_FROM = 3,
+    HOSTS_TO = 254,
     TCP_PORT = 9100,
     TCP_PORTS = 16, /* so that a client port seldom meets the TIME_WAIT of its last use */
     BATCH = 64,
@@ -174,30 +181,64 @@ static struct mmsghdr *messages(char payloads[BATCH][2048], struct iovec *parts,
     return m;
 }
 
-static void *udp_sink(void *unused)
+static int sink_socket(int port)
 {
-    static char payloads[BATCH][2048];
-    struct iovec parts[BATCH];
-    struct mmsghdr m[BATCH];
-    enter(server_netns);
-    int fd = server_socket(SOCK_DGRAM, UDP_PORT), room = 64 << 20;
+    int fd = server_socket(SOCK_DGRAM, port), room = 64 << 20;
     if (setsockopt(fd, SOL_SOCKET, SO_RCVBUFFORCE, &room, sizeof room) < 0)
         die("SO_RCVBUFFORCE");
     servers_ready++;
-    struct sockaddr_in from;
-    socklen_t length = sizeof from;
-    char hello[PAYLOAD];
-    if (recvfrom(fd, hello, sizeof hello, 0, (struct sockaddr *)&from, &length) < 0 ||
-        sendto(fd, hello, sizeof hello, 0, (struct sockaddr *)&from, length) < 0)
-        die("hello");
+    return fd;
+}
+
+static void count_arrivals(int fd, atomic_long *received)
+{
+    char payloads[BATCH][2048];
+    struct iovec parts[BATCH];
+    struct mmsghdr m[BATCH];
     messages(payloads, parts, m, sizeof payloads[0]);
     while (!stop) {
         /* Waking up for each packet would take the processor from the sender. */
         sleep_until(now_ns() + SINK_PAUSE_NS);
         int got;
         while ((got = recvmmsg(fd, m, BATCH, MSG_DONTWAIT, NULL)) > 0)
-            udp_received += got;
+            *received += got;
     }
+}
+
+/* Send at a rate until time is up; `renew` makes other packets of those that were sent. Returns the seconds it took. */
+static double send_messages(int fd, struct mmsghdr *m, long rate, long *count, void (*renew)(struct mmsghdr *, int))
+{
+    int64_t begin = now_ns(), end = begin + seconds * 1e9, now, tick = begin;
+    while ((now = now_ns()) < end) {
+        long due = rate ? (now - begin) / 1e9 * rate - *count : BATCH;
+        while (due > 0) {
+            int sent = sendmmsg(fd, m, due < BATCH ? due : BATCH, 0);
+            if (sent < 0)
+                die("sendmmsg");
+            if (renew)
+                renew(m, sent);
+            *count += sent;
+            due -= sent;
+            if (now_ns() >= end)
+                break;
+        }
+        if (rate)
+            sleep_until(tick = tick + TICK_NS > now ? tick + TICK_NS : now);
+    }
+    return (now_ns() - begin) / 1e9;
+}
+
+static void *udp_sink(void *unused)
+{
+    enter(server_netns);
+    int fd = sink_socket(UDP_PORT);
+    struct sockaddr_in from;
+    socklen_t length = sizeof from;
+    char hello[PAYLOAD];
+    if (recvfrom(fd, hello, sizeof hello, 0, (struct sockaddr *)&from, &length) < 0 ||
+        sendto(fd, hello, sizeof hello, 0, (struct sockaddr *)&from, length) < 0)
+        die("hello");
+    count_arrivals(fd, &udp_received);
     return unused;
 }
 
@@ -215,22 +256,66 @@ static void *udp_sender(void *unused)
     wait_ms(fd, PATIENCE_MS);
     if (recv(fd, payloads[0], PAYLOAD, MSG_DONTWAIT) < 0)
         die("the first packet was not answered");
-    int64_t begin = now_ns(), end = begin + seconds * 1e9, now, tick = begin;
-    while ((now = now_ns()) < end) {
-        long due = udp_rate ? (now - begin) / 1e9 * udp_rate - udp_sent : BATCH;
-        while (due > 0) {
-            int sent = sendmmsg(fd, m, due < BATCH ? due : BATCH, 0);
-            if (sent < 0)
-                die("sendmmsg");
-            udp_sent += sent;
-            due -= sent;
-            if (now_ns() >= end)
-                break;
+    udp_seconds = send_messages(fd, m, udp_rate, &udp_sent, NULL);
+    return unused;
+}
+
+/* --- Packets that begin connections ---------------------------------------------------------------------------- */
+
+static long new_rate = -1; /* -1 = none */
+static atomic_long new_received;
+static long new_sent;
+static double new_seconds;
+
+struct new_packet {
+    struct iphdr ip;
+    struct udphdr udp;
+    char payload[PAYLOAD];
+};
+
+static void *new_sink(void *unused)
+{
+    enter(server_netns);
+    count_arrivals(sink_socket(NEW_PORT), &new_received);
+    return unused;
+}
+
+/* Give packets that were sent the next ports and addresses: none comes again before 16 million others. */
+static void begin_others(struct mmsghdr *m, int count)
+{
+    static uint16_t port = PORTS_FROM;
+    static uint8_t host = HOSTS_FROM;
+    for (int i = 0; i < count; i++) {
+        struct new_packet *packet = m[i].msg_hdr.msg_iov->iov_base;
+        packet->udp.source = htons(port);
+        ((uint8_t *)&packet->ip.saddr)[3] = host;
+        if (++port == 0) {
+            port = PORTS_FROM;
+            host = host == HOSTS_TO ? HOSTS_FROM : host + 1;
         }
-        if (udp_rate)
-            sleep_until(tick = tick + TICK_NS > now ? tick + TICK_NS : now);
     }
-    udp_seconds = (now_ns() - begin) / 1e9;
+}
+
+static void *new_sender(void *unused)
+{
+    static char packets[BATCH][2048];
+    struct iovec parts[BATCH];
+    struct mmsghdr m[BATCH];
+    enter(client_netns);
+    struct sockaddr_in to = server_at(0), self;
+    socklen_t length = sizeof self;
+    int near = client_socket(NEW_PORT), fd = socket(AF_INET, SOCK_RAW | SOCK_CLOEXEC, IPPROTO_RAW);
+    if (getsockname(near, (struct sockaddr *)&self, &length) < 0 || fd < 0 ||
+        connect(fd, (struct sockaddr *)&to, sizeof to) < 0)
+        die("raw socket");
+    for (int i = 0; i < BATCH; i++)
+        *(struct new_packet *)packets[i] = (struct new_packet){
+            .ip = {.version = 4, .ihl = 5, .ttl = 64, .protocol = IPPROTO_UDP, .saddr = self.sin_addr.s_addr,
+                   .daddr = server_address.s_addr},
+            .udp = {.dest = htons(NEW_PORT), .len = htons(sizeof(struct udphdr) + PAYLOAD)}};
+    messages(packets, parts, m, sizeof(struct new_packet));
+    begin_others(m, BATCH);
+    new_seconds = send_messages(fd, m, new_rate, &new_sent, begin_others);
     return unused;
 }
 
@@ -444,7 +529,7 @@ static void options(int argc, char **argv)
 {
     static const struct option known[] = {
         {"client", 1, 0, 'c'}, {"server", 1, 0, 's'}, {"address", 1, 0, 'a'}, {"cpu", 1, 0, 'p'},
-        {"seconds", 1, 0, 't'}, {"udp", 1, 0, 'u'}, {"ping", 1, 0, 'i'}, {"conns", 1, 0, 'n'},
+        {"seconds", 1, 0, 't'}, {"udp", 1, 0, 'u'}, {"new", 1, 0, 'w'}, {"ping", 1, 0, 'i'}, {"conns", 1, 0, 'n'},
         {"request", 1, 0, 'r'}, {0}};
     int option;
     while ((option = getopt_long(argc, argv, "", known, NULL)) != -1)
@@ -455,6 +540,7 @@ static void options(int argc, char **argv)
         case 'p': pin(atoi(optarg)); break;
         case 't': seconds = atof(optarg); break;
         case 'u': udp_rate = atol(optarg); break;
+        case 'w': new_rate = atol(optarg); break;
         case 'i': ping_us = atol(optarg); break;
         case 'n': conns_parallel = atol(optarg) < CONNS_MAX ? atol(optarg) : CONNS_MAX; break;
         case 'r': conns_parallel = 1, conns_us = atol(optarg); break;
@@ -468,12 +554,14 @@ static void options(int argc, char **argv)
 
 int main(int argc, char **argv)
 {
-    pthread_t sink = 0, sender = 0, ping = 0, client = 0;
+    pthread_t sink = 0, sender = 0, new_end = 0, newcomer = 0, ping = 0, client = 0;
     const char *comma = "";
     int servers = 0;
     options(argc, argv);
     if (udp_rate >= 0)
         sink = start(udp_sink), servers++;
+    if (new_rate >= 0)
+        new_end = start(new_sink), servers++;
     if (ping_us >= 0)
         start(ponger), servers++;
     if (conns_parallel)
@@ -482,6 +570,8 @@ int main(int argc, char **argv)
         sleep_until(now_ns() + 1000000);
     if (udp_rate >= 0)
         sender = start(udp_sender);
+    if (new_rate >= 0)
+        newcomer = start(new_sender);
     if (ping_us >= 0)
         ping = start(pinger);
     if (conns_parallel)
@@ -502,20 +592,29 @@ int main(int argc, char **argv)
         printf("}");
         comma = ", ";
     }
-    if (sender) {
+    if (sender)
         pthread_join(sender, NULL);
-        long in_time = udp_received, before;
-        int64_t end = now_ns() + DRAIN_MS * 1000000LL;
-        do {
-            before = udp_received;
-            sleep_until(now_ns() + QUIET_MS * 1000000LL);
-        } while (udp_received != before && now_ns() < end);
-        stop = true;
+    long in_time = udp_received, before;
+    if (newcomer)
+        pthread_join(newcomer, NULL);
+    int64_t end = now_ns() + DRAIN_MS * 1000000LL;
+    do {
+        before = udp_received + new_received;
+        sleep_until(now_ns() + QUIET_MS * 1000000LL);
+    } while (udp_received + new_received != before && now_ns() < end);
+    stop = true;
+    if (sender) {
         pthread_join(sink, NULL);
         printf("%s\"udp\": {\"sent\": %ld, \"received\": %ld, \"seconds\": %.4f, \"sent_pps\": %.1f, "
                "\"delivered_pps\": %.1f, \"loss\": %.6f}",
                comma, udp_sent, (long)udp_received, udp_seconds, udp_sent / udp_seconds, in_time / udp_seconds,
                udp_sent ? 1 - (double)udp_received / udp_sent : 0);
+        comma = ", ";
+    }
+    if (newcomer) {
+        pthread_join(new_end, NULL);
+        printf("%s\"new\": {\"sent\": %ld, \"received\": %ld, \"sent_pps\": %.1f}", comma, new_sent, (long)new_received,
+               new_sent / new_seconds);
     }
     printf("}\n");
     return 0;

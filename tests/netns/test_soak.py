@@ -27,6 +27,6 @@ def test_full_rate_leaves_nothing_behind() -> None:
 
 
 def test_a_flood_is_counted_to_the_packet() -> None:
-    result = flood(seconds=3)
+    result = flood("both", seconds=3)
     assert result.judged > 0
     assert result.miscounted == 0, result
