@@ -1,7 +1,8 @@
 """A systemd of its own as process 1, in the network of a host: units really start, and nothing of this machine changes.
 
 Its file system is this machine's under a layer that is thrown away, with what `make install` has put into
-build/installed in it; its processes, mounts, host name and control groups are namespaces of their own.
+build/installed in it; its processes, mounts, host name and control groups are namespaces of their own. What is
+installed is pure Python; where the tests run with the packet path compiled, it gets the same.
 """
 
 import os
@@ -11,12 +12,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import conntrackd
+from conntrackd.core import compiled
 from tests.lab.network import Host, LabError, Process, wait_until
 
 INSTALLED = Path(__file__).parents[2] / "build" / "installed"
 UNIT = "conntrackd.service"
 
-# $1: the control group of ours; $2: what is installed; $3: an empty directory. Ends as the systemd.
+# $1: the control group of ours; $2: what is installed; $3: an empty directory; $4: modules that replace those that are
+# installed, or nothing. Ends as the systemd.
 BOOT = r"""
 set -e
 base=$3 root=$3/root
@@ -24,6 +28,7 @@ mount -t tmpfs -o mode=755 tmpfs "$base"
 mkdir "$base/upper" "$base/work" "$root"
 mount -t overlay overlay -o "lowerdir=/,upperdir=$base/upper,workdir=$base/work" "$root"
 cp -a "$2/." "$root"
+[ -z "$4" ] || cp -a "$4/." "$root"/usr/lib/conntrackd/lib/python3*/site-packages
 cd "$root"
 mount -t proc proc proc
 # The kernel's settings are the machine's, but for the network's.
@@ -107,8 +112,10 @@ def machine(host: Host, directory: Path) -> Iterator[Machine]:
     assert groups is not None
     group = groups / f"ct-{secrets.token_hex(3)}"
     group.mkdir()
+    modules = str(Path(conntrackd.__file__).parents[1]) if compiled() else ""
     # Not through `ip netns exec`, which hides the control groups.
-    process = Process(["sh", "-c", ENTER, host.netns, BOOT, str(group), str(INSTALLED), str(directory)], os.environ)
+    arguments = [str(group), str(INSTALLED), str(directory), modules]
+    process = Process(["sh", "-c", ENTER, host.netns, BOOT, *arguments], os.environ)
     try:
         made = Machine(process)
         wait_until(made.is_up, "the systemd is up", 30.0)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from conntrackd.core import compiled
 from tests.lab.daemon import POLICY, queues
 from tests.lab.network import Host, Network, network, wait_until
 from tests.lab.systemd import INSTALLED, UNIT, Machine, control_groups, machine
@@ -63,6 +64,11 @@ def test_started_means_bound_and_filtering(net: Network, service: Machine) -> No
     assert passes(net)
     assert net.server.run("ping", "-n", "-c", "1", "-W", "1", net.client.ipv4, check=False).returncode != 0
     wait_until(lambda: " flows, " in service.show("StatusText"), "systemctl status says how it is")
+
+
+def test_the_build_under_test_runs_in_the_sandbox(service: Machine) -> None:
+    core = json.loads(service.run("conntrackd", "status", "-o", "json").stdout)["core"]
+    assert core == ("compiled" if compiled() else "pure")
 
 
 def test_it_is_nobody_and_may_do_little(service: Machine) -> None:
