@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         if args.action == "show":
             print(rules.show(checked), end="")
         else:
-            rules.install(checked)
+            rules.install(rules.plans(checked))
     except config.ConfigErrors as errors:
         remark(str(errors))
         return EXIT_USAGE

@@ -21,9 +21,10 @@ from typing import Final
 from conntrackd.config import Config
 from conntrackd.const import MARK_CLASS, MARK_UNTRACKED
 from conntrackd.daemon.mark import Mark
+from conntrackd.daemon.rulescheck import PREFIX, Saved, jumps_to, parse, passing
 
-PREFIX: Final = "CONNTRACKD-"
-WAIT_S: Final = 10  # how long iptables may wait for another iptables to let go of its lock
+WAIT_S: Final = 5  # how long iptables may wait for another iptables to let go of its lock
+TRIES: Final = 5  # of an installation that others get in the way of
 IPV6_IS_ON: Final = Path("/proc/net/if_inet6")
 OWN_STATUS: Final = Path("/proc/self/status")
 CAP_NET_ADMIN: Final = 12
@@ -85,30 +86,56 @@ def families(config: Config) -> dict[str, str]:
 
 def show(config: Config) -> str:
     """Write what `install` loads on a machine without our rules, as input of iptables-restore --noflush."""
+    names = families(config)
     parts = [
-        f"# {name}: {tool}-restore --noflush\n" + _filling(plan(config, _input_table(tool)), {})
-        for tool, name in families(config).items()
+        f"# {names[tool]}: {tool}-restore --noflush\n{_filling(chains, {})}" for tool, chains in plans(config).items()
     ]
     return "\n".join(parts)
 
 
-def install(config: Config) -> None:
-    """Load our chains for both families, each in one run, and jump to them where nothing does yet.
+def plans(config: Config) -> dict[str, list[Chain]]:
+    """Lay out the chains for the command of each family of this machine. Raises RulesError."""
+    return {tool: plan(config, _input_table(tool)) for tool in families(config)}
 
-    Running it again refreshes our chains and nothing else. Raises RulesError; refused rules change nothing.
+
+def install(wanted: dict[str, list[Chain]]) -> dict[str, Saved]:
+    """Load our chains for each command in one run, with one jump to each, in front of what lets packets by.
+
+    Running it again refreshes our chains and nothing else. It looks at what came of it, and begins anew when another
+    program got in between. Returns our chains and jumps as iptables-save prints them, for `rulescheck.compare`. Raises
+    RulesError; refused rules change nothing.
     """
-    loads = {}
-    for tool in families(config):
-        chains = plan(config, _input_table(tool))
-        ours = _ours(tool)
-        # A chain of ours in a table where the plan has none is from another version or another kernel.
-        places = {(chain.table, chain.name) for chain in chains}
-        stale = {place: jumps for place, jumps in ours.items() if place not in places}
-        loads[tool] = _removal(stale) + _filling(chains, ours)
-    for tool, text in loads.items():
-        _restore(tool, text, "--test")
-    for tool, text in loads.items():
-        _restore(tool, text)
+    before: dict[str, Saved] = {}
+    refused: RulesError | None = None
+    for _ in range(TRIES):
+        found = {tool: parse(listed(tool)) for tool in wanted}
+        if refused is not None and found == before:
+            raise refused
+        if before and all(_in_place(found[tool], chains) for tool, chains in wanted.items()):
+            return {tool: _alone(found[tool], chains) for tool, chains in wanted.items()}
+        before = found
+        loads = {}
+        for tool, chains in wanted.items():
+            here = found[tool]
+            loads[tool] = _removal(_stale(here, chains), here) + _filling(chains, here)
+        try:
+            for tool, text in loads.items():
+                _restore(tool, text, "--test")
+            for tool, text in loads.items():
+                _restore(tool, text)
+            refused = None
+        except RulesError as error:
+            refused = error
+    raise refused or RulesError("Another program changes the iptables rules again and again: stop it.")
+
+
+def listed(tool: str) -> str:
+    """Ask the kernel for a command's rules, as a text that stays the same while they do. Raises RulesError."""
+    done = _run([f"{tool}-save"])
+    if done.returncode != 0:
+        raise RulesError(_sentence(f"{tool}-save", done.stderr))
+    lines = (line for line in done.stdout.splitlines() if not line.startswith("#"))
+    return "\n".join(line.rpartition(" ")[0] if line.startswith(":") else line for line in lines)  # without counters
 
 
 def remove() -> None:
@@ -117,10 +144,11 @@ def remove() -> None:
     Both kinds of iptables are looked through and no configuration is asked: this is the way out when it is
     broken.
     """
-    found = {tool: _ours(tool) for tool in installed_tools()}
-    for tool, ours in found.items():
+    found = {tool: parse(listed(tool)) for tool in installed_tools()}
+    for tool, here in found.items():
+        ours = [place for place in here if place[1].startswith(PREFIX)]
         if ours:
-            _restore(tool, _removal(ours))
+            _restore(tool, _removal(ours, here))
 
 
 def tried(config: Config, tool: str) -> str:
@@ -147,52 +175,68 @@ def _input_table(tool: str) -> str:
     return "mangle" if done.returncode != 0 and "does not exist" in done.stderr else "security"
 
 
-def _ours(tool: str) -> dict[tuple[str, str], list[str]]:
-    """Find our chains by (table, name), each with all rules that jump to it, as `-A ...`."""
-    done = _run([f"{tool}-save"])
-    if done.returncode != 0:
-        raise RulesError(_sentence(f"{tool}-save", done.stderr))
-    found: dict[tuple[str, str], list[str]] = {}
-    table = ""
-    for line in done.stdout.splitlines():
-        if line.startswith("*"):
-            table = line[1:]
-        elif line.startswith(f":{PREFIX}"):
-            found[table, line[1:].split()[0]] = []
-        elif jump := re.search(rf"^-A .* -[jg] ({PREFIX}\S+)$", line):
-            found[table, jump[1]].append(line)
-    return found
+def _in_place(here: Saved, chains: list[Chain]) -> bool:
+    """Whether our chains are filled, each with one jump at its place, and no chain of another version is left."""
+    return not _stale(here, chains) and all(
+        len(here.get((chain.table, chain.name), ())) == len(chain.rules) and not _jumping(chain, here)
+        for chain in chains
+    )
 
 
-def _filling(chains: list[Chain], ours: dict[tuple[str, str], list[str]]) -> str:
-    """Write input for iptables-restore that fills the chains anew and adds the jumps that `ours` lacks."""
+def _alone(here: Saved, chains: list[Chain]) -> Saved:
+    """Take from a listing what is ours: the chains, and for each the base chain with nothing but the jump to it."""
+    ours = {(chain.table, chain.name): here[chain.table, chain.name] for chain in chains}
+    return ours | {
+        (chain.table, base): [jump] for chain in chains for base, jump in jumps_to(here, chain.table, chain.name)
+    }
+
+
+def _stale(here: Saved, chains: list[Chain]) -> list[tuple[str, str]]:
+    """Find chains of ours in a table where the plan has none: from another version or another kernel."""
+    places = {(chain.table, chain.name) for chain in chains}
+    return [place for place in here if place[1].startswith(PREFIX) and place not in places]
+
+
+def _filling(chains: list[Chain], here: Saved) -> str:
+    """Write input for iptables-restore that fills the chains anew and brings the jumps to their places."""
     lines = []
     for table in dict.fromkeys(chain.table for chain in chains):
-        here = [chain for chain in chains if chain.table == table]
+        inside = [chain for chain in chains if chain.table == table]
         lines.append(f"*{table}")
         # Naming a chain of one's own empties it, or makes it: that is what makes a second install harmless.
-        lines += [f":{chain.name} - [0:0]" for chain in here]
-        lines += [f"-A {chain.name} {rule}" for chain in here for rule in chain.rules]
-        lines += [
-            f"-A {chain.base} {_comment('connection tracking')}-j {chain.name}"
-            for chain in here
-            if not ours.get((table, chain.name))
-        ]
+        lines += [f":{chain.name} - [0:0]" for chain in inside]
+        lines += [f"-A {chain.name} {rule}" for chain in inside for rule in chain.rules]
+        lines += [line for chain in inside for line in _jumping(chain, here)]
         lines.append("COMMIT")
     return "\n".join(lines) + "\n"
 
 
-def _removal(ours: dict[tuple[str, str], list[str]]) -> str:
+def _jumping(chain: Chain, here: Saved) -> list[str]:
+    """Write what leaves one jump to the chain: behind rules of others, as our ACCEPT would take them away, but in front
+    of those that let packets by. Empty if it is so.
+    """
+    jump = f"{_comment('connection tracking')}-j {chain.name}"
+    rules = here.get((chain.table, chain.base), [])
+    jumps = jumps_to(here, chain.table, chain.name)
+    if jumps == [(chain.base, jump)] and not passing(here, chain.table, rules[: rules.index(jump)]):
+        return []
+    others = [rule for rule in rules if PREFIX not in rule]
+    by = passing(here, chain.table, others)
+    place = f"-I {chain.base} {others.index(by[0]) + 1}" if by else f"-A {chain.base}"
+    return [*(f"-D {at} {rule}" for at, rule in jumps), f"{place} {jump}"]
+
+
+def _removal(ours: list[tuple[str, str]], here: Saved) -> str:
     """Write input for iptables-restore that deletes these chains and the jumps to them; empty for none."""
     lines = []
     # The confirming side goes first: a packet that only the tracking side saw is a smaller matter than one
     # that arrives unseen at the confirming side.
     for table in sorted({table for table, _ in ours}, key=lambda name: name == "raw"):
-        here = {name: jumps for (at, name), jumps in ours.items() if at == table}
+        names = [name for at, name in ours if at == table]
         lines.append(f"*{table}")
-        lines += ["-D" + jump.removeprefix("-A") for jumps in here.values() for jump in jumps]
-        lines += [f"-F {name}" for name in here]
-        lines += [f"-X {name}" for name in here]
+        lines += [f"-D {at} {rule}" for name in names for at, rule in jumps_to(here, table, name)]
+        lines += [f"-F {name}" for name in names]
+        lines += [f"-X {name}" for name in names]
         lines.append("COMMIT")
     return "\n".join(lines) + "\n" if lines else ""
 
@@ -226,3 +270,5 @@ def _run(command: list[str], text: str = "") -> subprocess.CompletedProcess[str]
         return subprocess.run(command, input=text, capture_output=True, text=True, timeout=WAIT_S * 3, check=False)
     except subprocess.TimeoutExpired:
         raise RulesError(f"{command[0]} gave no answer within {WAIT_S * 3} seconds.") from None
+    except OSError as error:
+        raise RulesError(f"{command[0]} could not be started: {error.strerror}.") from None

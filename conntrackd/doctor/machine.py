@@ -1,7 +1,6 @@
 """What the checks look at: the configuration, the daemon if it runs, and the rules of this network namespace."""
 
 import json
-import re
 import shutil
 import subprocess
 from dataclasses import dataclass, field
@@ -14,15 +13,12 @@ from conntrackd import api
 from conntrackd import config as config_file
 from conntrackd.config import Config, ConfigErrors
 from conntrackd.daemon import rules
+from conntrackd.daemon.rulescheck import PREFIX, Saved, parse
 
 OK: Final = "ok"
 WARNING: Final = "warning"
 ERROR: Final = "error"
 WAIT_S: Final = 30
-
-
-# Rules by (table, chain), in their order, without `-A CHAIN`.
-Saved = dict[tuple[str, str], list[str]]
 
 
 @dataclass
@@ -43,7 +39,7 @@ class Machine:
 
     def ours(self, tool: str) -> list[str]:
         """Name the command's chains that are ours."""
-        return [chain for _, chain in self.saved.get(tool, {}) if chain.startswith(rules.PREFIX)]
+        return [chain for _, chain in self.saved.get(tool, {}) if chain.startswith(PREFIX)]
 
     def others(self) -> list[tuple[str, str, str, str]]:
         """List all rules of iptables that are not ours: command, table, chain, rule."""
@@ -52,7 +48,7 @@ class Machine:
             for tool, saved in self.saved.items()
             for (table, chain), lines in saved.items()
             for rule in lines
-            if not chain.startswith(rules.PREFIX) and rules.PREFIX not in rule
+            if not chain.startswith(PREFIX) and PREFIX not in rule
         ]
 
 
@@ -95,20 +91,6 @@ def command(*words: str) -> str | None:
     except subprocess.TimeoutExpired:
         return None
     return done.stdout if done.returncode == 0 else None
-
-
-def parse(text: str) -> Saved:
-    """Read the output of iptables-save."""
-    saved: Saved = {}
-    table = ""
-    for line in text.splitlines():
-        if line.startswith("*"):
-            table = line[1:]
-        elif line.startswith(":"):
-            saved[table, line[1:].split()[0]] = []
-        elif found := re.match(r"-A (\S+) (.*)", line):
-            saved.setdefault((table, found[1]), []).append(found[2])
-    return saved
 
 
 def number(path: str) -> int | None:

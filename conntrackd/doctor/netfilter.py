@@ -9,12 +9,12 @@ import msgspec
 from conntrackd.api import Diagnosis
 from conntrackd.daemon.mark import Mark
 from conntrackd.daemon.queue import kernel_queues, process
-from conntrackd.daemon.rules import PREFIX, families
-from conntrackd.doctor.machine import ERROR, WARNING, Machine, Saved, number
+from conntrackd.daemon.rules import families
+from conntrackd.daemon.rulescheck import PREFIX, compare, quoted
+from conntrackd.doctor.machine import ERROR, WARNING, Machine, number
 
 INSTALL: Final = "Run `conntrackd rules install`."
 ALL: Final = 0xFFFFFFFF
-SHOWN: Final = 3  # rules that a finding quotes
 
 TRACKS: Final = re.compile(
     r"-m (conntrack|state|connmark|connlimit|connbytes|helper)\b"
@@ -49,26 +49,13 @@ def in_place(machine: Machine) -> Iterator[Diagnosis]:
     """Whether our rules are there as the configuration wants them, for both families, and nothing goes around them."""
     found: list[Diagnosis] = []
     places = 0
-    for tool, family in families(machine.config).items():
+    for tool in families(machine.config):
         here, wanted = machine.saved.get(tool, {}), machine.wanted.get(tool, {})
-        ours = [place for place in wanted if place[1].startswith(PREFIX)]
-        missing = [place for place in ours if place not in here]
-        places += len(ours) - len(missing)
-        if ours and len(missing) == len(ours):
-            found.append(
-                Diagnosis("rules_missing", ERROR, f"No rule brings {family} packets to conntrackd ({tool}).", INSTALL)
-            )
-            continue
-        for table, chain in missing:
-            text = f"The chain {chain} is missing in table {table} ({tool})."
-            found.append(Diagnosis("rules_missing", ERROR, text, INSTALL))
-        for place in ours:
-            if place in here:
-                found += _chain(tool, family, place, here, wanted)
-        for table, chain in here:
-            if chain.startswith(PREFIX) and (table, chain) not in wanted:
-                text = f"The chain {chain} in table {table} ({tool}) is from another version of conntrackd."
-                found.append(Diagnosis("rules_stale", WARNING, text, INSTALL))
+        places += sum(place in here for place in wanted if place[1].startswith(PREFIX))
+        found += [
+            Diagnosis(each.name, WARNING if each.mild else ERROR, each.text, INSTALL)
+            for each in compare(tool, here, wanted)
+        ]
     for tool in machine.saved:
         if tool not in families(machine.config) and machine.ours(tool):
             found.append(
@@ -89,54 +76,6 @@ def in_place(machine: Machine) -> Iterator[Diagnosis]:
         # The daemon installs them itself when it starts.
         found = [msgspec.structs.replace(each, severity=WARNING) for each in found]
     yield from found
-
-
-def _chain(tool: str, family: str, place: tuple[str, str], here: Saved, wanted: Saved) -> Iterator[Diagnosis]:
-    table, chain = place
-    if here[place] != wanted[place]:
-        lacking = [rule for rule in wanted[place] if rule not in here[place]]
-        name, what = "rules_differ", "differs from what the configuration wants"
-        if lacking and all("-m socket" in rule for rule in lacking):
-            name, what = "defrag_missing", f"lacks the rule by which the kernel reassembles {family} fragments"
-        elif not lacking and sorted(here[place]) == sorted(wanted[place]):
-            name, what = "rules_order", "has its rules in another order"
-        yield Diagnosis(name, ERROR, f"The chain {chain} in table {table} ({tool}) {what}.", INSTALL)
-    ((base, jump),) = [
-        (base, rule) for (at, base), lines in wanted.items() if at == table for rule in lines if f"-j {chain}" in rule
-    ]
-    lines = here.get((table, base), [])
-    jumps = [index for index, rule in enumerate(lines) if re.search(rf"-[jg] {chain}$", rule)]
-    if not jumps:
-        yield Diagnosis("rules_not_reached", ERROR, f"Nothing in {table} {base} jumps to {chain} ({tool}).", INSTALL)
-        return
-    if len(jumps) > 1:
-        yield Diagnosis(
-            "rules_twice", WARNING, f"{table} {base} jumps to {chain} {len(jumps)} times ({tool}).",
-            "Run `conntrackd rules remove` and `conntrackd rules install`.",
-        )  # fmt: skip
-    if lines[jumps[0]] != jump:
-        text = f"{table} {base} jumps to {chain} with a condition that is not ours: {lines[jumps[0]]} ({tool})."
-        yield Diagnosis("rules_differ", ERROR, text, "Delete that jump and run `conntrackd rules install`.")
-    around = [rule for rule in lines[: jumps[0]] if _ends(rule, table, here, True)]
-    if around:
-        late = table == "raw"
-        yield Diagnosis(
-            "rules_order", WARNING if late else ERROR,
-            f"Rules in front of ours in {table} {base} let packets by ({tool}): {_quoted(around)}. "
-            + ("conntrackd sees them at its second queue only." if late else "Nobody judges them."),
-            "Let those rules stand behind the jump to conntrackd's chain, or in another table.",
-        )  # fmt: skip
-
-
-def _ends(rule: str, table: str, here: Saved, base: bool, depth: int = 0) -> bool:
-    """Whether a packet that matches may leave the table without meeting what follows; loopback does not count."""
-    found = re.search(r"-[jg] (\S+)", rule)
-    if found is None or re.search(r"(?<!! )-[io] lo\b", rule) or depth > 8:
-        return False
-    target = found[1]
-    if target in ("ACCEPT", "NFQUEUE", "QUEUE") or (target == "RETURN" and base):
-        return True
-    return any(_ends(inner, table, here, False, depth + 1) for inner in here.get((table, target), []))
 
 
 def queues(machine: Machine) -> Iterator[Diagnosis]:
@@ -187,13 +126,13 @@ def marks(machine: Machine) -> Iterator[Diagnosis]:
     if written:
         yield Diagnosis(
             "mark_written", WARNING,
-            f"Rules of others write bits of the mark that are ours ({ours:#x}): {_quoted(written)}.",
+            f"Rules of others write bits of the mark that are ours ({ours:#x}): {quoted(written)}.",
             f"Let them use a mask without these bits (`--set-xmark VALUE/{ALL & ~ours:#x}`), or set queue.mark_mask.",
         )  # fmt: skip
     if read:
         yield Diagnosis(
             "mark_read", WARNING,
-            f"Rules of others compare the whole mark, in which our bits ({ours:#x}) are set: {_quoted(read)}.",
+            f"Rules of others compare the whole mark, in which our bits ({ours:#x}) are set: {quoted(read)}.",
             f"Let them compare their own bits only: `--mark VALUE/{ALL & ~ours:#x}`.",
         )  # fmt: skip
     for entry in machine.ip_rules:
@@ -239,13 +178,8 @@ def kernel_conntrack(machine: Machine) -> Iterator[Diagnosis]:
     reasons += [f"nft {found[0].strip()}" for found in NFT_TRACKS.finditer(machine.nft)]
     count = number("/proc/sys/net/netfilter/nf_conntrack_count") or 0
     if reasons or count:
-        because = f", because of {_quoted(reasons)}" if reasons else ""
+        because = f", because of {quoted(reasons)}" if reasons else ""
         yield Diagnosis(
             "kernel_conntrack", WARNING, f"The kernel tracks connections here, too ({count} now){because}.",
             "NAT needs that. Where it is not needed, take those rules out: every packet is tracked twice.",
         )  # fmt: skip
-
-
-def _quoted(rules: list[str]) -> str:
-    more = f" and {len(rules) - SHOWN} more" if len(rules) > SHOWN else ""
-    return "; ".join(f"`{rule}`" for rule in rules[:SHOWN]) + more

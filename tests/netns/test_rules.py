@@ -118,3 +118,33 @@ def test_installing_again_under_traffic_loses_nothing(net: Network, fw: Daemon, 
     thread.join()
     assert fw.flow("udp", dport=5300)["orig"]["packets"] == sent
     assert all((q.dropped_full, q.dropped_socket) == (0, 0) for q in fw.queues().values())
+
+
+def test_several_at_once_install_one_jump(net: Network, idle: Daemon, tool: str) -> None:
+    for _ in range(3):
+        threads = [Thread(target=idle.cli, args=("rules", "install", "--config", idle.config_path)) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        jumps = re.findall(r"^-A [A-Z]+ .*-j (CONNTRACKD-\w+)$", saved(net, tool), re.MULTILINE)
+        assert sorted(jumps) == sorted(2 * [f"CONNTRACKD-{name}" for name in ("PRE", "OUT", "POST", "IN")])
+        idle.remove_rules()
+
+
+def test_a_jump_that_is_doubled_or_displaced_is_put_back(net: Network, idle: Daemon, tool: str) -> None:
+    idle.install_rules()
+    installed = saved(net, tool)
+    for each in (
+        "-A PREROUTING -j CONNTRACKD-PRE",
+        "-A USERS -g CONNTRACKD-PRE",
+        "-I PREROUTING -p tcp -j CONNTRACKD-PRE",
+    ):
+        net.router.run(tool, "-t", "raw", *each.split())
+    idle.install_rules()
+    assert saved(net, tool) == installed
+    net.router.run(tool, "-t", "raw", "-I", "PREROUTING", "2", "-p", "tcp", "-j", "ACCEPT")
+    idle.install_rules()
+    assert re.findall(r"^-A PREROUTING .*-j (\S+)$", saved(net, tool), re.MULTILINE)[:3] == [
+        "USERS", "CONNTRACKD-PRE", "ACCEPT",
+    ]  # fmt: skip
