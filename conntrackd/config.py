@@ -84,6 +84,12 @@ def _name(value: str) -> str:
     return value
 
 
+def _a_second(milliseconds: int) -> int:
+    if milliseconds < 1000:
+        raise mistake("that is more often than the daemon can look", "once a second is the most")
+    return milliseconds
+
+
 def _zone_definition(value: str) -> str:
     if value in RESERVED_ZONES:
         raise mistake(f"zone {value!r} is built in and cannot be defined", "choose another name")
@@ -272,6 +278,8 @@ class Rules(Section):
     iptables: Literal["iptables", "iptables-legacy", "iptables-nft"] = "iptables-legacy"
     at_start: Literal["install", "leave"] = "install"
     at_stop: Literal["keep", "remove"] = "keep"
+    watch: Literal["off", "warn", "repair"] = "repair"
+    watch_every: Annotated[Time, AfterValidator(_a_second)] = 10_000  # ms
 
 
 class Zone(Section):

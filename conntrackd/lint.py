@@ -18,7 +18,7 @@ STEPS_MAX = 64  # rules in front of one that are looked at
 def lint(config: Config, here: bool) -> list[ConfigError]:
     """List the warnings; `here`: the configuration is for this machine, whose interfaces can be looked at."""
     ruleset = compile_ruleset(config, 1)
-    warnings = [*_rules(config, ruleset), *_unused(config)]
+    warnings = [*_rules(config, ruleset), *_unused(config), *_watch(config)]
     if here:
         warnings += _zones_without_interface(config)
     return sorted(warnings, key=config.files().order)
@@ -177,6 +177,14 @@ def _unused(config: Config) -> list[ConfigError]:
             message = f"set {name!r} is empty, and nothing can be added to it"
             warnings.append(config.files().error(("sets", name), True, message, ""))
     return warnings
+
+
+def _watch(config: Config) -> list[ConfigError]:
+    rules = config.rules
+    if rules.at_start == "install" or rules.watch == "off" or "watch" not in rules.model_fields_set:
+        return []
+    message = "nothing is watched: the daemon knows only the rules that it has installed itself"
+    return [config.files().error(("rules", "watch"), False, message, "set at_start = 'install'")]
 
 
 def _zones_without_interface(config: Config) -> list[ConfigError]:

@@ -61,6 +61,13 @@ COUNTERS: Final = {
     "requests_failed": Counter(
         WARNING, "The daemon itself failed on {count} requests of its control socket: see its log."
     ),
+    "rules_changed": Counter(
+        WARNING, "Another program changed the iptables rules that bring packets here, {count} times: see the log."
+    ),
+    "rules_repaired": Counter(WARNING, "The iptables rules were put back {count} times: see [rules] watch."),
+    "rules_watch_failed": Counter(
+        WARNING, "The iptables rules could not be looked at, or not be put back, {count} times: see the log."
+    ),
 }  # fmt: skip
 
 

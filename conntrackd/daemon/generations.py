@@ -360,7 +360,8 @@ def _needs_restart(before: Config | None, after: Config) -> list[str]:
     ]
     remarks = []
     if changed:
-        remarks.append(f"{', '.join(changed)}: counts from the next start on, after `conntrackd rules install`.")
+        then = "" if after.rules.at_start == "install" else ", after `conntrackd rules install`"
+        remarks.append(f"{', '.join(changed)}: counts from the next start on{then}.")
     if before.metrics != after.metrics:
         remarks.append("metrics.listen: counts from the next start on.")
     return remarks

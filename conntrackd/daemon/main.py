@@ -45,6 +45,7 @@ from conntrackd.daemon.notify import Notify
 from conntrackd.daemon.policyanswers import PolicyAnswers
 from conntrackd.daemon.queue import Queue, QueueError
 from conntrackd.daemon.rulesjob import RulesJob
+from conntrackd.daemon.ruleswatch import RulesWatch
 from conntrackd.daemon.simulate import Parts, SimulateError
 from conntrackd.daemon.simulate import parts as simulate_parts
 from conntrackd.daemon.state import State
@@ -141,11 +142,15 @@ class Daemon:
         self._faults.watch("log_lost", lambda: sink.lost)
         self._faults.watch("suspended", lambda: self._clock.suspended)
         self._faults.watch("clock_set", lambda: self._clock.set)
+        self._rules = RulesWatch()
+        self._faults.watch("rules_changed", lambda: self._rules.changed)
+        self._faults.watch("rules_repaired", lambda: self._rules.repaired)
+        self._faults.watch("rules_watch_failed", lambda: self._rules.failed)
         self._answers = Answers(fw, self._links, queues, self._faults, now_ms)
         self._state = State(config, fw, self._links, self._generations, now_ms, parts.write_disk)
         self._flow_answers = FlowAnswers(fw, self._links)
         self._health = health = Health(fw, queues, self._generations, now_ms)
-        health.sources += [self._state.problems, self._faults.problems]
+        health.sources += [self._state.problems, self._faults.problems, self._rules.problems]
         self._status_answers = StatusAnswers(
             version("conntrackd"), fw, self._links, queues, self._generations, health, self._state, now_ms
         )
@@ -263,6 +268,7 @@ class Daemon:
             self._failed = True
             self._stop = signal.SIGTERM
             return
+        self._rules.begin(job.chains, job.installed)
         log.info("ready", queues=list(self._config.queue.numbers))
         self._notify.ready(f"Generation {self._fw.ruleset.generation} is in force, {len(self._config.rule)} rules")
 
@@ -380,7 +386,7 @@ class Daemon:
             if self._restart.busy():
                 self._restart.now_ms = now_ms
                 self._restart.turn()
-                if self._starting is None and self._restart.due(self._control.answering()):
+                if self._starting is None and not self._rules.busy() and self._restart.due(self._control.answering()):
                     self._become_next()
             if self._control.waits():
                 self._set_time(now_ms)
@@ -402,6 +408,8 @@ class Daemon:
                 if self._exporter is not None:
                     self._exporter.tick()
                 self._watch.tick()
+                if not self._restart.busy():  # iptables would be left alone by us, in the middle of its work
+                    self._rules.tick(now_ms, self._generations.config().rules)
                 self._top_answers.now_ms = now_ms
                 self._top_answers.tick()
                 self._health.tick(now_ms)
@@ -454,6 +462,7 @@ class Daemon:
         """Keep the kernel's rules or take them out, as the configuration in force says."""
         if self._starting is not None:
             self._starting.wait()
+        self._rules.wait()
         if self._generations.config().rules.at_stop == "keep":
             return
         try:

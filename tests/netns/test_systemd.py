@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +50,10 @@ def service(booted: Machine) -> Iterator[Machine]:
 
 def passes(net: Network) -> bool:
     return net.client.run("ping", "-n", "-c", "1", "-W", "2", net.server.ipv4, check=False).returncode == 0
+
+
+def jumps(net: Network, save: str) -> bool:
+    return "-j CONNTRACKD-PRE" in net.router.run(save, "-t", "raw").stdout
 
 
 def process_status(service: Machine, name: str) -> str:
@@ -143,6 +148,17 @@ def test_stuck_or_killed_it_comes_back(net: Network, service: Machine, signal: s
     assert passes(net)
     if signal == "STOP":
         assert "Fatal Python error: Aborted" in service.log()
+
+
+def test_it_puts_back_the_rules_that_another_took(net: Network, service: Machine) -> None:
+    service.write(CONFIG, POLICY + '\n[rules]\nwatch_every = "1s"\n')
+    service.systemctl("reload")
+    for tool in "iptables-legacy", "ip6tables-legacy":
+        net.router.run(tool, "-t", "raw", "-F")
+    for tool in "iptables-legacy-save", "ip6tables-legacy-save":
+        wait_until(partial(jumps, net, tool), "the rules are back")
+    wait_until(lambda: "rules_repaired" in service.log(), "it says so")
+    assert passes(net)
 
 
 # --- The queues, kept over a restart and a crash -------------------------------------------------------------------

@@ -219,6 +219,12 @@ def test_lines_may_end_as_on_windows() -> None:
             "did you mean 'iptables-legacy'?",
         ),
         (
+            'version = 1\n[rules]\nwatch_every = "500ms"',
+            '"500ms"',
+            "that is more often than the daemon can look",
+            "once a second is the most",
+        ),
+        (
             "version = 1\nqueue.socket_buffer = 0x1" + 4000 * "0",
             "0x1" + 4000 * "0",
             "socket_buffer a huge number is too large (expected at most 1073741824)",

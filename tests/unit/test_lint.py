@@ -114,3 +114,10 @@ def test_check_shows_warnings_and_strict_counts_them(tmp_path: Path, capsys: pyt
     assert run_check(str(path), "--strict") == 1
     assert run_check(str(path), "-o", "json") == 0
     assert '"kind": "warning"' in capsys.readouterr().out
+
+
+def test_a_watch_without_rules_of_our_own() -> None:
+    text = 'version = 1\n[rules]\nat_start = "leave"\n'
+    assert warnings(text) == []
+    assert warnings(text + 'watch = "off"\n') == []
+    assert "nothing is watched" in warnings(text + 'watch = "warn"\n')[0]
