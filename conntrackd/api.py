@@ -3,8 +3,8 @@
 A Unix stream socket that carries lines of JSON. A request is one line, `{"v":1,"command":"flows"}`. The
 answer is a head, `{"v":1,"ok":true}` or `{"v":1,"ok":false,"error":"a sentence"}`; after a good head come
 the rows of the answer, a line each, then `{"end":true,"count":N}`; then the daemon closes. Commands: status
-and stats (one row each), flows, flow, count, kill, drops; events and trace, whose rows come when something happens,
-until the client closes; of the policy: rules, explain, set, config and history; and reload, apply, confirm and
+and stats (one row each), flows, flow, count, kill, label, drops; events and trace, whose rows come when something
+happens, until the client closes; of the policy: rules, explain, set, config and history; and reload, apply, confirm and
 rollback, which answer when it is done. A request may have arguments, `"args":{...}`: the structs here whose names end
 in Args.
 """
@@ -74,6 +74,17 @@ class KillArgs(msgspec.Struct, forbid_unknown_fields=True):
     expected: bool = False
 
 
+class LabelArgs(msgspec.Struct, forbid_unknown_fields=True):
+    """The arguments of `label`: `list` answers with all there are; `add` and `del` with the flows that they change.
+
+    `labels` are names, or numbers of bits; `del` without any takes all.
+    """
+
+    action: Literal["list", "add", "del"]
+    labels: list[str] = []
+    filter: str = ""
+
+
 class DropArgs(msgspec.Struct, forbid_unknown_fields=True):
     """The arguments of `drops`: which packets, by the connections they would have begun, and since when; 0: ever."""
 
@@ -140,8 +151,15 @@ class Flow(msgspec.Struct, rename={"in_": "in"}):
     rule: str
     in_: str | None  # null: the router itself, as below
     out: str | None
-    labels: str | UnsetType = UNSET  # hexadecimal, 128 bits; only where there are any
+    labels: list[str] | UnsetType = UNSET  # in the order of their bits, a number for one without name; only if any
     idle_seconds: int | UnsetType = UNSET  # since its last packet
+
+
+class Label(msgspec.Struct):
+    """One name for a bit that connections may have (`label list`)."""
+
+    name: str
+    bit: int  # 0 to 127
 
 
 class Count(msgspec.Struct):

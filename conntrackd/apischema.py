@@ -16,6 +16,8 @@ OUTPUTS: Final[dict[str, tuple[Any, ...]]] = {
     "flow": (api.FlowDetails,),
     "count": (api.Count,),
     "kill": (list[api.Flow],),
+    "label": (list[api.Flow],),  # add, del
+    "label list": (list[api.Label],),
     "events": (api.Event, api.Lost),  # each line
     "trace": (api.TraceBegin, api.TraceStep, api.TraceLost),  # each line
     "drops": (list[api.Drop],),

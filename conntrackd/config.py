@@ -34,7 +34,7 @@ from pydantic_core import CoreSchema, ErrorDetails, core_schema
 
 from conntrackd import values
 from conntrackd.configfiles import Files, SourceFile, read
-from conntrackd.const import IPPROTO_TCP
+from conntrackd.const import IPPROTO_TCP, LABELS_MAX
 from conntrackd.core.helpers import HELPERS
 from conntrackd.core.sysctl import NUMBERS, TIMEOUTS, Sysctl
 from conntrackd.core.tuples import PROTOCOL_NAMES
@@ -69,8 +69,10 @@ class Names:
     zones: list[str]
     sets: list[str]
     services: dict[str, tuple[Traffic, ...]]  # own and shipped; empty: an own one that is wrong
+    labels: dict[str, Any]
     rules: set[str] = field(default_factory=set)
     interfaces: set[tuple[str, Network | None]] = field(default_factory=set)
+    bits: set[int] = field(default_factory=set)  # of labels
 
 
 def _listed(value: object) -> object:
@@ -139,6 +141,27 @@ def _service(value: str, info: ValidationInfo[Names]) -> str:
     if value not in services:
         hint = nearest(value, list(services)) or f"define it: [services] {value} = ['tcp/PORT']"
         raise mistake(f"unknown service {value!r}", hint)
+    return value
+
+
+def _label_definition(value: str) -> str:
+    if value.isdigit():
+        raise mistake(f"the label {value!r} is a number: these are bits without a name", "choose another name")
+    return _name(value)
+
+
+def _bit(value: int, info: ValidationInfo[Names]) -> int:
+    if value in info.context.bits:
+        owner = next(name for name, bit in info.context.labels.items() if bit == value)
+        raise mistake(f"bit {value} is the label {owner!r} already", "give each label a bit of its own")
+    info.context.bits.add(value)
+    return value
+
+
+def _label(value: str, info: ValidationInfo[Names]) -> str:
+    labels = info.context.labels
+    if value not in labels:
+        raise mistake(f"unknown label {value!r}", nearest(value, list(labels)) or f"define it: [labels] {value} = BIT")
     return value
 
 
@@ -377,6 +400,7 @@ class Rule(Section):
     max_flows_per_src: Annotated[int, Field(ge=1)] = 0
     log: bool = False
     mark: U32 | None = None
+    labels: Annotated[tuple[Annotated[str, AfterValidator(_label)], ...], Listed, NotEmpty] = ()
     helper: Annotated[str, AfterValidator(_helper)] = ""
     timeouts: Annotated[dict[str, int], BeforeValidator(lambda value: _timeouts(value))] = {}
 
@@ -416,7 +440,7 @@ class Rule(Section):
                 )
         if self.action == "notrack" and "state" in given:
             raise mistake("a rule with action = 'notrack' has no state: nothing is tracked", "leave it out", "state")
-        for key in ("limit", "max_flows", "max_flows_per_src", "mark", "helper", "timeouts"):
+        for key in ("limit", "max_flows", "max_flows_per_src", "mark", "labels", "helper", "timeouts"):
             if key in given and self.action != "accept":
                 raise mistake(f"{key!r} is of no use with action = {self.action!r}", "it needs action = 'accept'", key)
             if key in given and "invalid" in self.state:
@@ -502,6 +526,10 @@ class Config(Section):
     zones: Annotated[dict[Annotated[str, AfterValidator(_zone_definition)], Zone], Field(max_length=ZONES_MAX)] = {}
     sets: dict[Name, Set] = {}
     services: dict[Name, ServiceEntries] = {}
+    labels: dict[
+        Annotated[str, AfterValidator(_label_definition)],
+        Annotated[int, Field(ge=0, le=LABELS_MAX - 1), AfterValidator(_bit)],
+    ] = {}
     policy: Policy = Field(default_factory=Policy)
     exception: OnException = OnException()
     reload: Reload = Reload()
@@ -546,7 +574,12 @@ def check(sources: Sequence[SourceFile]) -> Config:
     files = Files(sources)
     errors = files.errors
     addresses = _read_sets(files)
-    names = Names(zones=_keys_of(files, "zones"), sets=_keys_of(files, "sets"), services=_services(files))
+    names = Names(
+        zones=_keys_of(files, "zones"),
+        sets=_keys_of(files, "sets"),
+        services=_services(files),
+        labels={name: files.data["labels"][name] for name in _keys_of(files, "labels")},
+    )
     names.zones = [name for name in names.zones if name not in RESERVED_ZONES]
     try:
         config = Config.model_validate(files.data, context=names)

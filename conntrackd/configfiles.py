@@ -10,7 +10,7 @@ from conntrackd.mistakes import ConfigError, ConfigErrors, any_of, nearest, show
 from conntrackd.tomlplaces import Span, TomlPlaces
 
 # What the files of conf.d may add to, and what that must be.
-PARTS: Final = {"rule": list, "services": dict, "sets": dict, "zones": dict}
+PARTS: Final = {"labels": dict, "rule": list, "services": dict, "sets": dict, "zones": dict}
 
 
 class SourceFile(NamedTuple):
@@ -44,7 +44,7 @@ class Files:
         self.errors: list[ConfigError] = []
         self._places: dict[int, TomlPlaces] = {}
         self._rules: list[tuple[int, int]] = []  # file and place in it, of each rule
-        self._names: dict[tuple[str, str], int] = {}  # file of each zone, set and service
+        self._names: dict[tuple[str, str], int] = {}  # file of each zone, set, service and label
         parsed = []
         for file in self.files:
             try:

@@ -171,6 +171,8 @@ IPCT_NAMES: Final = {
     IPCT_LABEL: "LABEL",
 }
 
+LABELS_MAX: Final = 128  # bits of a connection's labels [XT_CONNLABEL_MAXBIT]
+
 # --- Why a connection ended ---------------------------------------------------------------------------------
 CLOSED_TIMEOUT: Final = 0
 CLOSED_FIN: Final = 1  # closed in order, by FINs or SHUTDOWNs

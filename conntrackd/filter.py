@@ -39,7 +39,7 @@ FLAGS: Final = {
 }  # fmt: skip
 TIMES: Final = ("age", "idle", "timeout")
 AMOUNTS: Final = ("bytes", "packets")
-NAMES: Final = ("rule", "helper", "in", "out")
+NAMES: Final = ("rule", "label", "helper", "in", "out")
 NUMBERS: Final = {"zone": 0xFFFF, "id": (1 << 63) - 1}  # the highest that there may be
 JOINTS: Final = ("and", "or", "not", "&&", "||", "!", "(", ")", ",")
 WORDS: Final = (
@@ -51,6 +51,7 @@ SYNONYMS: Final = {
     "destination": "dst", "daddr": "dst", "sport": "src port", "dport": "dst port", "iif": "in", "iface": "in",
     "interface": "in", "oif": "out", "original": "orig", "protocol": "proto", "either": "any", "duration": "age",
     "network": "net", "address": "host", "ttl": "timeout",
+    "labels": "label", "connlabel": "label",
 }  # fmt: skip
 
 
@@ -148,7 +149,7 @@ class Measure(NamedTuple):
 
 
 class Names(NamedTuple):
-    """`rule web-*`, `helper ftp`, `in lan0`; a name may hold `*`."""
+    """`rule web-*`, `label voip`, `helper ftp`, `in lan0`; a name may hold `*`."""
 
     what: str
     names: tuple[str, ...]

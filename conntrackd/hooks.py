@@ -212,7 +212,7 @@ def judge_new(fw: Firewall, ct: Conn, data: bytes, iif: int, oif: int, now_ms: i
     if ct.help is not None and help_new_packet(fw.net, ct, data, False, now_ms) == NF_DROP:
         fw.net.table.kill(ct, now_ms)
         return drop(fw, DROPPED_BY_HELPER, rule.name, ct.orig, iif, oif, now_ms)
-    verdict = confirm(fw.net, ct, now_ms)
+    verdict = confirm(fw.net, ct, now_ms, rule.labels)
     if verdict != NF_ACCEPT:
         if verdict == STRESSED_TABLE_FULL and fw.ruleset.table_full_accept:
             return MARK_UNTRACKED

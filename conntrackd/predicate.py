@@ -1,7 +1,7 @@
 """Filters as questions to a connection: `predicate` makes a function of what filter.py has read."""
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from fnmatch import fnmatchcase
 from operator import eq, ge, gt, le, lt, ne
 from typing import Final, TypeVar
@@ -28,6 +28,7 @@ from conntrackd.filter import (
     State,
     Status,
 )
+from conntrackd.policy.ruleset import Ruleset
 
 # Asks whether a connection matches, now. State, status, mark and end are those of the second argument: of the
 # connection itself, or of an event that has kept what they were then.
@@ -41,18 +42,22 @@ WITH_PORTS: Final = (IPPROTO_TCP, IPPROTO_UDP, IPPROTO_SCTP, IPPROTO_UDPLITE)
 SELF: Final = "self"  # the router, as in a policy
 
 
-def predicate(expression: Expression, interface: Interface) -> Predicate:
-    """Make the question that a filter asks."""
+class UnknownLabelError(Exception):
+    """A filter names a label that there is none of; the text is its name."""
+
+
+def predicate(expression: Expression, interface: Interface, labels: dict[int, int], ruleset: Ruleset) -> Predicate:
+    """Make the question that a filter asks; `labels` are those of connections by id. Raises UnknownLabelError."""
     match expression:
         case All():
             return lambda _ct, _then, _now_ms: True
         case Not(part):
-            inner = predicate(part, interface)
+            inner = predicate(part, interface, labels, ruleset)
             return lambda ct, then, now_ms: not inner(ct, then, now_ms)
         case And(parts):
-            return _all([predicate(part, interface) for part in parts])
+            return _all([predicate(part, interface, labels, ruleset) for part in parts])
         case Or(parts):
-            return _any([predicate(part, interface) for part in parts])
+            return _any([predicate(part, interface, labels, ruleset) for part in parts])
         case Protocol(numbers):
             return lambda ct, _then, _now_ms: ct.protonum in numbers
         case Family(ipv6):
@@ -67,6 +72,8 @@ def predicate(expression: Expression, interface: Interface) -> Predicate:
             return lambda _ct, then, _now_ms: (then.status & bit != 0) is wanted
         case Measure():
             return _measure(expression)
+        case Names("label", names):
+            return _labels(names, labels, ruleset)
         case Names():
             return _names(expression, interface)
         case Numbers(what, ranges):
@@ -181,13 +188,35 @@ def _measure(wanted: Measure) -> Predicate:
             return lambda ct, _then, _now_ms: compare(ct.packets_orig + ct.packets_reply, value)
 
 
+def _labels(names: Sequence[str], labels: dict[int, int], ruleset: Ruleset) -> Predicate:
+    """Ask for any of some labels. What is told of a connection later has those that it had then."""
+    wanted = 0
+    for name in names:
+        if "*" in name:
+            named = _named((name,))
+            wanted |= sum(1 << bit for bit, known in ruleset.labels.items() if named(known))
+            continue
+        bit = ruleset.label_bit(name)
+        if bit < 0:
+            raise UnknownLabelError(name)
+        wanted |= 1 << bit
+
+    def matches(ct: Conn, then: Conn | Event, _now_ms: int) -> bool:
+        if isinstance(then, Event) and then.expect is None:
+            return then.labels & wanted != 0
+        return labels.get(ct.id, 0) & wanted != 0
+
+    return matches
+
+
+def _named(names: Sequence[str]) -> Callable[[str], bool]:
+    exact = {name for name in names if "*" not in name}
+    patterns = [name.replace("[", "[[]").replace("?", "[?]") for name in names if "*" in name]
+    return lambda name: name in exact or any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
 def _names(wanted: Names, interface: Interface) -> Predicate:
-    exact = {name for name in wanted.names if "*" not in name}
-    patterns = [name.replace("[", "[[]").replace("?", "[?]") for name in wanted.names if "*" in name]
-
-    def named(name: str) -> bool:
-        return name in exact or any(fnmatchcase(name, pattern) for pattern in patterns)
-
+    named = _named(wanted.names)
     match wanted.what:
         case "rule":
             return lambda ct, _then, _now_ms: named(ct.rule)

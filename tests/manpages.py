@@ -8,7 +8,7 @@ from pathlib import Path
 from conntrackd.cli.main import COMMANDS, build_parser
 
 PAGES = Path(__file__).parents[1] / "man"
-ABOUT_FLOWS = ("flows", "flow", "count", "kill", "events")
+ABOUT_FLOWS = ("flows", "flow", "count", "kill", "label", "events")
 COMMANDS_OF = {
     "conntrackd.8": tuple(name for name in COMMANDS if name not in ABOUT_FLOWS),
     "conntrackd-flows.1": ABOUT_FLOWS,

@@ -183,6 +183,10 @@ def _sets(daemon: Asker, _before: Sequence[str]) -> Words:
     return [(row["name"], f"{row['configured'] + row['added']} entries") for row in rows]
 
 
+def _labels(daemon: Asker, _before: Sequence[str]) -> Words:
+    return [(row["name"], f"bit {row['bit']}") for row in daemon.rows("label", {"action": "list"})]
+
+
 def _generations(daemon: Asker, _before: Sequence[str]) -> Words:
     return [(str(row["generation"]), f"{row['how']} by {row['who']}, {row['time']}") for row in daemon.rows("history")]
 
@@ -228,9 +232,10 @@ def _filter(daemon: Asker, before: Sequence[str]) -> Words:
 Live = Callable[[Asker, Sequence[str]], Words]
 IN_FILTER: dict[str, Live] = {
     "rule": _rules, "state": _states, "in": _interfaces, "out": _interfaces, "id": _flows, "zone": _zones,
-    "helper": _helpers,
+    "helper": _helpers, "label": _labels,
 }  # fmt: skip
 # By the name of the argument.
 LIVE: dict[str, Live] = {
     "filter": _filter, "name": _sets, "generation": _generations, "id": _flows, "state": _states, "zone": _zones,
+    "label": _labels,
 }  # fmt: skip

@@ -22,6 +22,7 @@ from conntrackd.cli.ctselect import (
     PORTS,
     OptionError,
     Selection,
+    bits,
     choices,
     protocol_name,
     select,
@@ -34,6 +35,7 @@ EVENTS: Final = {"ALL": ("NEW", "UPDATE", "DESTROY"), "NEW": ("NEW",), "UPDATES"
 TABLES: Final = ("conntrack", "expect", "dying", "unconfirmed")
 COMMANDS: Final = {
     "dump": "-L", "get": "-G", "delete": "-D", "event": "-E", "count": "-C", "stats": "-S", "flush": "-F",
+    "update": "-U",
 }  # fmt: skip
 HELP: Final = {
     "dump": "list the connections, or what helpers expect",
@@ -43,6 +45,7 @@ HELP: Final = {
     "count": "count the connections, or the expectations",
     "stats": "show the counters",
     "flush": "end all connections; nothing is asked",
+    "update": "change the labels of connections, and show them",
 }
 STATS: Final = (
     "found", "invalid", "insert", "insert_failed", "drop", "early_drop", "error", "search_restart", "clash_resolve",
@@ -65,18 +68,16 @@ TAKES: Final = {
     "count": (),
     "stats": (),
     "flush": ("family",),
+    "update": (*(name for name in SELECTING if name != "mark"), "family", "output", "label_add", "label_del"),
 }
 NOT_HERE: Final = {
     ("-I", "--create"): "a connection is begun by a packet that the policy admits, by nothing else",
     ("-A", "--add"): "a connection is begun by a packet that the policy admits, by nothing else",
-    ("-U", "--update"): "what is known of a connection comes from its packets",
     ("-R", "--load-file"): "a connection is begun by a packet that the policy admits, by nothing else",
     ("-z", "--zero"): "the counters belong to all who read them",
     ("-t", "--timeout"): "a timeout is set by the configuration, and chooses nothing",
     ("-c", "--secmark"): "there are no security marks",
     ("-a", "--nat-range"): "addresses are translated elsewhere",
-    ("--label-add",): "labels are set by the policy",
-    ("--label-del",): "labels are set by the policy",
     ("--orig-zone",): "a zone is the same in both directions: use -w",
     ("--reply-zone",): "a zone is the same in both directions: use -w",
     ("--orig-vtag",): "verification tags are not looked for",
@@ -101,7 +102,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser(
         "ct",
         help="speak conntrack(8): its options and its output, for existing scripts",
-        usage="conntrackd ct -L|-G|-D|-E|-C|-S|-F [TABLE] [OPTIONS]",
+        usage="conntrackd ct -L|-G|-D|-U|-E|-C|-S|-F [TABLE] [OPTIONS]",
         description="The options and the output of conntrack(8). TABLE is conntrack, or expect with -L, -C and -S.",
         epilog="Exit codes: 0 done, 1 failed or nothing was there to delete, 2 wrong options, 3 the daemon is not "
         "running. docs/ct.md lists what differs from conntrack(8).",
@@ -114,10 +115,15 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     )
     _add_selecting(parser.add_argument_group("which connections"))
     _add_protocols(parser.add_argument_group("which connections of one protocol (with -p)"))
+    labels = parser.add_argument_group("what is changed (with -U)").add_mutually_exclusive_group()
+    labels.add_argument("--label-add", metavar="LABEL,...", action="append", help="add labels")
+    labels.add_argument(
+        "--label-del", metavar="LABEL,...", action="append", nargs="?", const="", help="take these labels away, or all"
+    )
     others = parser.add_argument_group("output")
     others.add_argument("-o", "--output", metavar="FORMAT,...", action="append", help=", ".join(OUTPUTS))
     others.add_argument("-e", "--event-mask", metavar="EVENT,...", action="append", help="ALL, NEW, UPDATES, DESTROY")
-    others.add_argument("--labelmap", metavar="FILE", default=ctformat.LABELS_FILE, help="the names of labels")
+    others.add_argument("--labelmap", metavar="FILE", help="the names of labels (else those of the configuration)")
     others.add_argument("-b", "--buffer-size", metavar="BYTES", help="has no effect: events wait in the daemon")
     for options in NOT_HERE:
         parser.add_argument(*options, action=_Refuse, nargs="*", help=argparse.SUPPRESS)
@@ -180,7 +186,7 @@ def _run(args: argparse.Namespace) -> int:
         return EXIT_OK
     if not command:
         if _given(args):
-            raise OptionError("You need to supply a command: -L, -G, -D, -E, -C, -S or -F")
+            raise OptionError("You need to supply a command: -L, -G, -D, -U, -E, -C, -S or -F")
         args.print_help()
         return EXIT_OK
     path = api.socket_path(getattr(args, "socket", None))
@@ -196,14 +202,18 @@ def _run(args: argparse.Namespace) -> int:
     outputs = _outputs(args.output or [])
     if expected:
         return _expectations(path, args.family, outputs)
-    labels = _labels(args.labelmap) if "labels" in outputs or args.label else None
-    selection = select(args, {name: bit for bit, name in (labels or {}).items()})
+    label_add, label_del = args.label_add or [], args.label_del or []
+    if command == "update" and not label_add and not label_del:
+        raise OptionError("nothing but labels can be changed: you need to supply `--label-add' or `--label-del'")
+    wanted = "labels" in outputs or args.label or label_add or any(label_del)
+    names, shown = _labels(path, args.labelmap) if wanted else ({}, None)
+    selection = select(args, names)
     show = Show(
         extended="extended" in outputs,
         id="id" in outputs,
         timestamp="timestamp" in outputs,
         ktimestamp="ktimestamp" in outputs,
-        labels=labels if "labels" in outputs else None,
+        labels=shown if "labels" in outputs else None,
     )
     line = _line(outputs, show)
     if command == "dump":
@@ -214,6 +224,8 @@ def _run(args: argparse.Namespace) -> int:
         return _delete(
             path, selection, lambda message: ctformat.save(message, "-D") if "save" in outputs else line(message)
         )
+    if command == "update":
+        return _update(path, selection, line, bits(label_add, names), bits(filter(None, label_del), names))
     if command == "event":
         return _events(path, selection, line, "xml" in outputs, _event_types(args.event_mask or ["ALL"]))
     _kill(path, selection)
@@ -230,7 +242,7 @@ def _given(args: argparse.Namespace) -> list[str]:
     """List the options that are given, other than the command."""
     return [
         name
-        for name in (*SELECTING, "family", "output", "event_mask", "buffer_size")
+        for name in (*SELECTING, "family", "output", "event_mask", "buffer_size", "label_add", "label_del")
         if getattr(args, name) is not None
     ]
 
@@ -258,12 +270,18 @@ def _event_types(texts: list[str]) -> set[str]:
     return {kind for name in choices(texts, tuple(EVENTS)) for kind in EVENTS[name]}
 
 
-def _labels(path: str) -> dict[int, str] | None:
-    try:
-        return ctformat.read_labels(path)
-    except OSError as error:
-        remark(f"nfct_labelmap_new: {error.strerror}")
-        return None
+def _labels(path: str, labelmap: str | None) -> tuple[dict[str, int], dict[str, str] | None]:
+    """Tell the bits of the labels that options may name, and what the daemon's names are to be called."""
+    rows = api.request(path, "label", {"action": "list"})
+    ours = {label.bit: label.name for label in (msgspec.json.decode(row, type=api.Label) for row in rows)}
+    names = ours
+    if labelmap is not None:
+        try:
+            names = ctformat.read_labels(labelmap)
+        except OSError as error:
+            remark(f"nfct_labelmap_new: {error.strerror}")
+            return {}, None
+    return {name: bit for bit, name in names.items()}, {ours.get(bit, str(bit)): name for bit, name in names.items()}
 
 
 def _line(outputs: set[str], show: Show) -> Callable[[Message], str]:
@@ -344,18 +362,35 @@ def _delete(path: str, selection: Selection, line: Callable[[Message], str]) -> 
 
 def _kill(path: str, selection: Selection) -> list[api.Flow]:
     """End the chosen connections; those that were there."""
-    if not selection.checks:
-        return _kill_filter(path, selection.filter or "all")
-    ids = (str(flow.id) for flow in list(_flows(path, selection)))
-    killed: list[api.Flow] = []
-    while some := ",".join(islice(ids, IDS_AT_ONCE)):
-        killed += _kill_filter(path, f"id {some}")
-    return killed
-
-
-def _kill_filter(path: str, text: str) -> list[api.Flow]:
     decoder = msgspec.json.Decoder(api.Flow)
-    return [decoder.decode(row) for row in api.request(path, "kill", {"filter": text, "dry_run": False})]
+    return [
+        decoder.decode(row)
+        for text in _filters(path, selection)
+        for row in api.request(path, "kill", {"filter": text, "dry_run": False})
+    ]
+
+
+def _filters(path: str, selection: Selection) -> Iterator[str]:
+    """Say what is chosen in filters alone: what they can't say the daemon is asked for before."""
+    if not selection.checks:
+        yield selection.filter or "all"
+        return
+    ids = (str(flow.id) for flow in list(_flows(path, selection)))
+    while some := ",".join(islice(ids, IDS_AT_ONCE)):
+        yield f"id {some}"
+
+
+def _update(path: str, selection: Selection, line: Callable[[Message], str], add: list[int], take: list[int]) -> int:
+    """Change labels, and show the connections that have others now; without any to add or take, all are taken."""
+    change = {"action": "add" if add else "del", "labels": list(map(str, add or take))}
+    changed, now = [], time.time()
+    for text in _filters(path, selection):
+        rows = api.request(path, "label", change | {"filter": text})
+        changed += [msgspec.json.decode(row, type=api.Flow) for row in rows]
+    for flow in changed:
+        print(line(ctformat.of_flow(flow, now)))
+    _say(f"{len(changed)} flow entries have been updated.")
+    return EXIT_OK if changed else EXIT_FAILED
 
 
 def _events(path: str, selection: Selection, line: Callable[[Message], str], xml: bool, types: set[str]) -> int:

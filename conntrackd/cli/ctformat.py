@@ -15,7 +15,6 @@ from msgspec import UNSET
 
 from conntrackd import api
 
-LABELS_FILE: Final = "/etc/xtables/connlabel.conf"
 LABELS_MAX: Final = 128
 
 XML_HEAD: Final = '<?xml version="1.0" encoding="utf-8"?>\n<conntrack>'
@@ -39,7 +38,7 @@ class Show(NamedTuple):
     id: bool = False
     timestamp: bool = False  # of events: when they happened
     ktimestamp: bool = False
-    labels: Mapping[int, str] | None = None  # names by bit; None: no labels
+    labels: Mapping[str, str] | None = None  # names, by those that the daemon has for them; None: no labels
 
 
 class Message(NamedTuple):
@@ -57,7 +56,7 @@ class Message(NamedTuple):
     when: float | None
     helper: str | None
     use: bool
-    labels: int | None
+    labels: list[str] | None
     by_user: bool
 
 
@@ -104,8 +103,8 @@ def of_event(event: api.Event) -> Message:
     )
 
 
-def _labels(flow: api.Flow) -> int | None:
-    return int(flow.labels, 16) if isinstance(flow.labels, str) else None
+def _labels(flow: api.Flow) -> list[str] | None:
+    return flow.labels if isinstance(flow.labels, list) else None
 
 
 def text(message: Message, show: Show) -> str:
@@ -340,8 +339,8 @@ def _source(expected: api.Expectation) -> tuple[str, str]:
     return str(network.network_address), str(mask)
 
 
-def _label_names(labels: int, names: Mapping[int, str]) -> Iterator[str]:
-    return (names[bit] for bit in range(LABELS_MAX) if labels >> bit & 1 and bit in names)
+def _label_names(labels: list[str], names: Mapping[str, str]) -> Iterator[str]:
+    return (names[label] for label in labels if label in names)
 
 
 def read_labels(path: str) -> dict[int, str]:

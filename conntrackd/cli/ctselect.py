@@ -62,7 +62,7 @@ class Selection(NamedTuple):
 
 
 def select(args: argparse.Namespace, label_bits: Mapping[str, int]) -> Selection:
-    """Read the options. OptionError if they can't be meant."""
+    """Read the options; `label_bits`: by the names that they use. OptionError if they can't be meant."""
     words: list[str] = []
     checks: list[Check] = []
     if args.protonum is not None:
@@ -83,12 +83,18 @@ def select(args: argparse.Namespace, label_bits: Mapping[str, int]) -> Selection
         words.append(f"zone {number(args.zone, 'zone', 0xFFFF)}")
     if args.id is not None:
         words.append(f"id {number(args.id, 'id', (1 << 63) - 1)}")
-    for label in (each for text in args.label or () for each in text.split(",")):
-        if label not in label_bits:
-            raise OptionError(f"unknown label '{label}'")
-        checks.append(_label_check(label_bits[label]))
+    words += [f"label {bit}" for bit in bits(args.label or (), label_bits)]
     _add_nat(args, checks)
     return Selection(" and ".join(words), tuple(checks))
+
+
+def bits(texts: Iterable[str], label_bits: Mapping[str, int]) -> list[int]:
+    """Read the names of labels with commas between them."""
+    names = [each for text in texts for each in text.split(",")]
+    for name in names:
+        if name not in label_bits:
+            raise OptionError(f"unknown label '{name}'")
+    return [label_bits[name] for name in names]
 
 
 def number(text: str, what: str, highest: int) -> int:
@@ -234,10 +240,6 @@ def _status(text: str) -> list[str]:
 def _mark(text: str) -> tuple[int, int]:
     value, slash, mask = text.partition("/")
     return number(value, "mark", MARK_MAX), number(mask, "mark", MARK_MAX) if slash else MARK_MAX
-
-
-def _label_check(bit: int) -> Check:
-    return lambda flow: isinstance(flow.labels, str) and int(flow.labels, 16) >> bit & 1 == 1
 
 
 def _add_nat(args: argparse.Namespace, checks: list[Check]) -> None:

@@ -9,6 +9,7 @@ import msgspec
 from conntrackd import api
 from conntrackd.cli import expectedtable
 from conntrackd.cli.filterwords import add_filter, filter_of
+from conntrackd.cli.flowtable import labels
 from conntrackd.cli.output import EXIT_OK, endpoint, remark
 from conntrackd.cli.times import seconds
 
@@ -62,6 +63,7 @@ def _lines(rows: Iterator[bytes]) -> Iterator[str]:
                 "ASSURED" if "ASSURED" in flow.status else "",
                 f"zone={flow.zone}" if flow.zone else "",
                 f"rule={flow.rule}" if flow.rule else "",
+                labels(flow),
                 f"reason={event.reason}" if event.reason else "",
             )
             if word

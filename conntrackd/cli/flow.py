@@ -51,8 +51,8 @@ def _lines(flow: api.FlowDetails) -> Iterator[tuple[str, str]]:
     yield "mark", f"{flow.mark:#x}"
     if flow.zone:
         yield "zone", str(flow.zone)
-    if flow.labels is not msgspec.UNSET:
-        yield "labels", str(flow.labels)
+    if isinstance(flow.labels, list):
+        yield "labels", ", ".join(flow.labels)
     if flow.helper is not None:
         yield "helper", flow.helper
     if flow.master is not None:

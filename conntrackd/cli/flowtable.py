@@ -39,8 +39,13 @@ def cells(flow: api.Flow) -> list[str]:
         duration(flow.timeout_seconds),
         f"{orig.packets}/{reply.packets}",
         f"{orig.bytes}/{reply.bytes}",
-        flow.rule,
+        f"{flow.rule} {labels(flow)}".rstrip(),
     ]
+
+
+def labels(flow: api.Flow) -> str:
+    """Write the labels of a flow as conntrack(8) does; "" if it has none."""
+    return f"labels={','.join(flow.labels)}" if isinstance(flow.labels, list) else ""
 
 
 def tint(row: list[str]) -> str:

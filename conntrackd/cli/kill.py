@@ -2,14 +2,13 @@
 
 import argparse
 import sys
-from collections.abc import Iterator
 
 import msgspec
 
 from conntrackd import api
 from conntrackd.cli import expectedtable, flowtable
 from conntrackd.cli.filterwords import add_filter, filter_of
-from conntrackd.cli.output import EXIT_FAILED, EXIT_OK, json_array, json_lines, remark, table
+from conntrackd.cli.output import EXIT_FAILED, EXIT_OK, Counted, json_array, json_lines, remark, table
 
 
 def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -33,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
             remark("Nothing was changed.")
             return EXIT_FAILED
     wanted = {"filter": text, "dry_run": args.dry_run, "expected": args.expected}
-    rows = _Counted(api.request(path, "kill", wanted))
+    rows = Counted(api.request(path, "kill", wanted))
     if args.output == "json":
         json_array(rows)
     elif args.output == "jsonl":
@@ -45,19 +44,6 @@ def run(args: argparse.Namespace) -> int:
     end = " would be ended: nothing was changed." if args.dry_run else " ended."
     remark((_expectations if args.expected else _flows)(rows.count) + end)
     return EXIT_OK
-
-
-class _Counted(Iterator[bytes]):
-    """Rows, and how many have come."""
-
-    def __init__(self, rows: Iterator[bytes]) -> None:
-        self.count = 0
-        self._rows = rows
-
-    def __next__(self) -> bytes:
-        row = next(self._rows)
-        self.count += 1
-        return row
 
 
 def _expectations(count: int) -> str:

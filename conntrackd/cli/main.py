@@ -28,6 +28,7 @@ COMMANDS = {
     "drops": "list the packets dropped most recently, and why",
     "trace": "follow packets through the hooks: connection, rule, verdict and reason",
     "explain": "say which rule decides about a packet, and why; nothing is sent",
+    "label": "list the labels; give some to connections, or take some away",
     "set": "list the sets of addresses; add to one, or take out of one",
     "diff": "show what a configuration file would change; changes nothing",
     "restart": "begin the daemon anew, with the program and configuration as they are now; no packet is lost",

@@ -59,6 +59,20 @@ def _painted(text: str, colour: str) -> str:
     return f"{colour}{text}{PLAIN}" if colour else text
 
 
+class Counted(Iterator[bytes]):
+    """Rows, and how many have come."""
+
+    def __init__(self, rows: Iterator[bytes]) -> None:
+        self.count = 0
+        self._rows = rows
+
+    def __next__(self) -> bytes:
+        """Give the next row."""
+        row = next(self._rows)
+        self.count += 1
+        return row
+
+
 def json_array(rows: Iterator[bytes]) -> None:
     """Print rows that are JSON already as an array, as they come."""
     write = sys.stdout.buffer.write

@@ -231,7 +231,7 @@ def set_mark(net: Conntrack, ct: Conn, mark: int, now_ms: int) -> None:
 
 
 def set_labels(net: Conntrack, ct: Conn, labels: int, now_ms: int) -> None:
-    """Set the labels of a confirmed connection, 128 bits; to be called by the policy."""
+    """Set the labels of a confirmed connection, 128 bits, on request; those of a new one come with its confirm."""
     assert ct.status & (IPS_CONFIRMED | IPS_DYING) == IPS_CONFIRMED
     if labels:
         net.table.labels[ct.id] = labels
@@ -304,8 +304,8 @@ def attach(net: Conntrack, data: bytes, zone: int = 0) -> bool:
     return True
 
 
-def confirm(net: Conntrack, ct: Conn, now_ms: int) -> int:
-    """Enter a new connection in the table: its packet leaves [__nf_conntrack_confirm].
+def confirm(net: Conntrack, ct: Conn, now_ms: int, labels: int = 0) -> int:
+    """Enter a new connection in the table, with its labels: its packet leaves [__nf_conntrack_confirm].
 
     Returns NF_ACCEPT; NF_DROP when another connection with one of its tuples was confirmed since it began; a STRESSED
     reason when there is no room for it.
@@ -326,7 +326,7 @@ def confirm(net: Conntrack, ct: Conn, now_ms: int) -> int:
         table.forget_help(ct, now_ms)
         net.stats.drop += 1
         return refusal
-    table.insert(ct, now_ms)
+    table.insert(ct, now_ms, labels)
     return NF_ACCEPT
 
 

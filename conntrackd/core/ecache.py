@@ -19,7 +19,9 @@ if TYPE_CHECKING:
 class Event:
     """What happened to a connection, and what it was like then; or to something that a connection expects."""
 
-    def __init__(self, ct: Conn, bits: int, reason: int, now_ms: int, expect: "Expect | None" = None) -> None:
+    def __init__(
+        self, ct: Conn, bits: int, reason: int, now_ms: int, expect: "Expect | None" = None, labels: int = 0
+    ) -> None:
         self.ct = ct
         self.expect = expect
         self.now_ms = now_ms
@@ -29,6 +31,7 @@ class Event:
         self.status: i32 = ct.status
         self.expires_ms = ct.expires_ms
         self.mark = ct.mark
+        self.labels = labels
 
     def kind(self) -> str:
         """Name the message that the kernel would send: NEW, UPDATE or DESTROY."""

@@ -22,6 +22,7 @@ from conntrackd.const import (
     CLOSED_KILLED,
     CLOSED_TIMEOUT,
     IPCT_DESTROY,
+    IPCT_LABEL,
     IPCT_NEW,
     IPCT_RELATED,
     IPS_ASSURED,
@@ -125,7 +126,7 @@ class Table:
                 if key == zone_key(ct.zone, ct.orig) and not ct.status & IPS_DYING:
                     yield ct
 
-    def insert(self, ct: Conn, now_ms: int) -> None:
+    def insert(self, ct: Conn, now_ms: int, labels: int = 0) -> None:
         """Enter a connection under both tuples; its timeout, relative until now, starts to run."""
         assert not ct.status & (IPS_CONFIRMED | IPS_DYING)
         self.last_id += 1
@@ -135,8 +136,11 @@ class Table:
         ct.seen_ms = now_ms
         self.enter(ct, now_ms)
         self.stats.insert += 1
+        if labels:
+            self.labels[ct.id] = labels
         if self.events.listeners:
-            self.notify(ct, IPCT_RELATED if ct.status & IPS_EXPECTED else IPCT_NEW, 0, now_ms)
+            bits = IPCT_RELATED if ct.status & IPS_EXPECTED else IPCT_NEW
+            self.notify(ct, bits | IPCT_LABEL if labels else bits, 0, now_ms)
 
     def enter(self, ct: Conn, now_ms: int) -> None:
         """Enter a connection that has all it needs: a new one, or one that was there before a restart."""
@@ -182,12 +186,12 @@ class Table:
             self.count_source(ct, -1)
         if ct.account is not None:
             ct.account.leave(ct)
-        if self.labels:
-            self.labels.pop(ct.id, None)
         self.stats.destroyed += 1
         self.stats.closed[reason] += 1
         if self.events.listeners:
             self.notify(ct, IPCT_DESTROY, reason, now_ms)
+        if self.labels:
+            self.labels.pop(ct.id, None)
         self.forget_help(ct, now_ms)
 
     def expire(self, ct: Conn, now_ms: int) -> None:
@@ -213,7 +217,7 @@ class Table:
 
     def notify(self, ct: Conn, bits: int, reason: int, now_ms: int) -> None:
         """Tell those who listen."""
-        self.events.add(Event(ct, bits, reason, now_ms))
+        self.events.add(Event(ct, bits, reason, now_ms, None, self.labels.get(ct.id, 0) if self.labels else 0))
 
     # --- Limits -------------------------------------------------------------------------------------------
 

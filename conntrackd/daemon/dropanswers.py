@@ -26,7 +26,7 @@ class DropAnswers:
         if asked.command != "drops":
             return None
         args = arguments(asked, api.DropArgs)
-        chosen = Chosen(args.filter, self._links) if args.filter.strip() else None
+        chosen = Chosen(args.filter, self._fw, self._links) if args.filter.strip() else None
         return self._drops(chosen, self.now_ms - args.last_ms if args.last_ms else None)
 
     def _drops(self, chosen: Chosen | None, since_ms: int | None) -> Iterator[msgspec.Struct]:

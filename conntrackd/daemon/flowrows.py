@@ -22,7 +22,6 @@ from conntrackd.const import (
 )
 from conntrackd.core.conn import Conn
 from conntrackd.core.expect import EXPECT_FLAG_NAMES, Expect
-from conntrackd.core.net import Conntrack
 from conntrackd.core.proto.sctp import STATE_NAMES as SCTP_STATE_NAMES
 from conntrackd.core.proto.sctp import SctpConn
 from conntrackd.core.proto.tcp import (
@@ -35,6 +34,7 @@ from conntrackd.core.proto.tcp import (
 )
 from conntrackd.core.proto.tcp_states import STATE_NAMES as TCP_STATE_NAMES
 from conntrackd.core.tuples import PROTOCOL_NAMES
+from conntrackd.hooks import Firewall
 
 TCP_FLAG_NAMES: Final = {
     FLAG_WINDOW_SCALE: "WINDOW_SCALE",
@@ -45,9 +45,8 @@ TCP_FLAG_NAMES: Final = {
 WITH_PORTS: Final = (IPPROTO_TCP, IPPROTO_UDP, IPPROTO_SCTP, IPPROTO_UDPLITE)
 
 
-def flow(net: Conntrack, ct: Conn, now_ms: int, interface: Callable[[int], str | None]) -> api.Flow:
+def flow(fw: Firewall, ct: Conn, now_ms: int, interface: Callable[[int], str | None]) -> api.Flow:
     """Describe a connection as it is now."""
-    labels = net.table.labels.get(ct.id, 0)
     orig = api.Direction(**ends(ct.orig), packets=ct.packets_orig, bytes=ct.bytes_orig)
     reply = api.Direction(**ends(ct.reply), packets=ct.packets_reply, bytes=ct.bytes_reply)
     if isinstance(ct, SctpConn):
@@ -70,18 +69,18 @@ def flow(net: Conntrack, ct: Conn, now_ms: int, interface: Callable[[int], str |
         rule=ct.rule,
         in_=interface(ct.iif),
         out=interface(ct.oif),
-        labels=f"{labels:032x}" if labels else msgspec.UNSET,
+        labels=labels(fw, fw.net.table.labels.get(ct.id, 0)),
         idle_seconds=(now_ms - ct.seen_ms) // 1000,
     )
 
 
 def details(
-    net: Conntrack, ct: Conn, children: list[int], now_ms: int, interface: Callable[[int], str | None]
+    fw: Firewall, ct: Conn, children: list[int], now_ms: int, interface: Callable[[int], str | None]
 ) -> api.FlowDetails:
     """Describe everything about a connection; `children`: those that it has announced."""
     expected = ct.help.expectations if ct.help is not None else []
     return api.FlowDetails(
-        **msgspec.structs.asdict(flow(net, ct, now_ms, interface)),
+        **msgspec.structs.asdict(flow(fw, ct, now_ms, interface)),
         begun=moment(ct.created_ms, now_ms),
         last_packet=moment(ct.seen_ms, now_ms),
         generation=ct.generation,
@@ -129,6 +128,11 @@ def expectation(expect: Expect, now_ms: int) -> api.Expectation:
         flags=[name for bit, name in EXPECT_FLAG_NAMES.items() if expect.flags & bit],
         master=expect.master.id,
     )
+
+
+def labels(fw: Firewall, bits: int) -> list[str] | msgspec.UnsetType:
+    """Name labels as the policy in force does; UNSET: there are none."""
+    return fw.ruleset.label_names(bits) if bits else msgspec.UNSET
 
 
 def state_name(ct: Conn, state: int) -> str | None:

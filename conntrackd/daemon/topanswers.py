@@ -72,7 +72,7 @@ class TopAnswers:
         if asked.command != "top":
             return None
         args = arguments(asked, api.TopArgs)
-        return self._top(args, Chosen(args.filter, self._links))
+        return self._top(args, Chosen(args.filter, self._fw, self._links))
 
     def tick(self) -> None:
         """Forget what nobody asks for any more; to be called about once a second."""
@@ -127,7 +127,7 @@ class TopAnswers:
             rate=_rate(total.moved, took_ms),
         )
         for _, _, moved, ct in sorted(leading, reverse=True):
-            flow = flowrows.flow(self._fw.net, ct, self.now_ms, self._links.interface)
+            flow = flowrows.flow(self._fw, ct, self.now_ms, self._links.interface)
             yield api.TopFlow(flow=flow, rate=_rate(moved, took_ms))
         for key, group in heapq.nlargest(args.limit, groups.items(), key=lambda item: _group_rank(args.sort, item[1])):
             yield api.TopGroup(

@@ -129,7 +129,8 @@ class Tracing:
         args = arguments(asked, api.TraceArgs)
         if args.bytes and not asked.may_change():
             raise api.RequestError(f"Capturing packets needs root, and you are {asked.who()}.")
-        return self._follow(Trace(Chosen(args.filter, self._links) if args.filter.strip() else None, args.bytes))
+        chosen = Chosen(args.filter, self._fw, self._links) if args.filter.strip() else None
+        return self._follow(Trace(chosen, args.bytes))
 
     def _follow(self, trace: Trace) -> Iterator[msgspec.Struct | None]:
         self._traces.append(trace)

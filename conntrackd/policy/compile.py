@@ -44,6 +44,7 @@ def compile(config: Config, generation: int) -> Ruleset:  # noqa: A001 - as in r
         entry.timeout_ms = section.timeout
         entry.size = section.size
         ruleset.sets[name] = entry
+    ruleset.labels = {bit: name for name, bit in config.labels.items()}
     for order, rule_config in enumerate(config.rule):
         ruleset.rules.append(_rule(ruleset, config, rule_config, order))
     _add_defaults(ruleset, config)
@@ -115,6 +116,8 @@ def _rule(ruleset: Ruleset, config: Config, given: RuleConfig, order: int) -> Ru
         rule.log_bucket = _log_bucket(config)
     if given.mark is not None:
         rule.mark = given.mark
+    for label in given.labels:
+        rule.labels |= 1 << config.labels[label]
     rule.helper = given.helper
     if given.timeouts:
         rule.timeouts = config.sysctl()

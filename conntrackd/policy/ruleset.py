@@ -6,6 +6,7 @@ some about RELATED and INVALID packets; each kind has indexes of its own, so tha
 
 from typing import Final
 
+from conntrackd.const import LABELS_MAX
 from conntrackd.core.account import Account
 from conntrackd.core.sysctl import Sysctl
 from conntrackd.policy.limits import Bucket, RateLimit
@@ -53,6 +54,7 @@ class Rule:
         self.reject_with = ""
         self.log = False
         self.mark = -1  # -1: leaves it alone
+        self.labels = 0  # that it sets, 128 bits
         self.helper = ""
         self.timeouts: Sysctl | None = None
         self.timeouts_number = (
@@ -121,6 +123,7 @@ class Ruleset:
         self.log_rules: list[Rule] = []  # action = "log": they decide nothing
         self.notrack_rules: list[Rule] = []  # action = "notrack": asked before a packet is tracked
         self.sets: dict[str, AddressSet] = {}
+        self.labels: dict[int, str] = {}  # names by bit
         # What decides when no rule does.
         self.default_forward = Rule("default-forward", DROP, 1 << 30)
         self.default_input = Rule("default-input", DROP, 1 << 30)
@@ -138,6 +141,19 @@ class Ruleset:
         self.networks: list[tuple[list[str], bool, int, int, int]] = []
         self.conntrack_zones: dict[int, int] = {}  # zone -> zone of the tracker, where it is not 0
         self.sourced: dict[int, Prefixes] = {}  # interface index * 2 + ipv6 -> zones by network
+
+    def label_bit(self, text: str) -> int:
+        """Find the bit of a label by its name or, as every bit, by its number; -1: there is none."""
+        if text.isascii() and text.isdigit():
+            return int(text) if len(text) < 4 and int(text) < LABELS_MAX else -1
+        for bit, name in self.labels.items():
+            if name == text:
+                return bit
+        return -1
+
+    def label_names(self, labels: int) -> list[str]:
+        """Name labels in the order of their bits; one that has no name is its number."""
+        return [self.labels.get(bit, str(bit)) for bit in range(LABELS_MAX) if labels >> bit & 1]
 
     def set_links(self, links: dict[int, str]) -> None:
         """Take the interfaces that exist now, as index -> name; to be called whenever they change."""

@@ -15,7 +15,7 @@ from tests.lab.daemon import CONNTRACKD, POLICY, Daemon, daemon
 from tests.lab.network import LabError, network
 from tests.lab.traffic import tcp_pair
 
-SETS = '[sets.banned]\ntimeout = "1h"\n[sets.admins]\n'
+SETS = '[sets.banned]\ntimeout = "1h"\n[sets.admins]\n[labels]\nvoip = 0\nguest = 1\n'
 CASES = (
     ("conntrackd sta", "status", "stats"),
     ("conntrackd flows -o js", "json", "jsonl"),
@@ -133,6 +133,9 @@ def test_fish_completes_the_same_and_says_what_it_means(fw: Daemon) -> None:
         ("ct -L --state SYN_S", {"SYN_SENT", "SYN_SENT2"}),
         ("kill helper t", {"tftp"}),
         ("set add b", {"banned"}),
+        ("label add vo", {"voip"}),
+        ("label add voip label ", {"voip", "guest"}),
+        ("flows label g", {"guest"}),
         ("drops tcp and not sr", {"src"}),
         ("drops rule default-f", {"default-forward"}),
         ("apply --confirm ", set()),

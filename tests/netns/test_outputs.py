@@ -27,6 +27,9 @@ from = "wan"
 source = "@blocked"
 action = "drop"
 
+[labels]
+bulk = 3
+
 [sets.blocked]
 addresses = ["192.0.2.0/24"]
 """
@@ -215,6 +218,22 @@ def test_sets(router: Router) -> None:
     assert (row["name"], row["configured"], row["added"]) == ("blocked", 1, 1)
     entries = router.json("set list NAME", "set", "list", "blocked")
     assert {entry["address"] for entry in entries} == {"192.0.2.0/24", "198.51.100.7"}
+
+
+def test_labels(router: Router) -> None:
+    assert router.json("label list", "label", "list") == [{"name": "bulk", "bit": 3}]
+    assert router.people("label", "list").splitlines() == ["LABEL  BIT", "bulk   3"]
+    done = router.fw.cli("label", "add", "bulk,7", "tcp and dst port 8080", "-o", "json")
+    (flow,) = check("label", done.stdout)
+    assert (flow["labels"], done.stderr) == (["bulk", "7"], "1 flow changed.\n")
+    (row,) = router.people("flows", "label bulk").splitlines()[1:]
+    assert row.endswith("lan-to-wan labels=bulk,7")
+    assert router.json("flow", "flow", str(flow["id"]))["labels"] == ["bulk", "7"]
+    assert "bulk, 7" in router.people("flow", str(flow["id"]))
+    (row,) = router.people("label", "del", "7", "label 7").splitlines()[1:]
+    assert row.endswith(" labels=bulk")
+    assert router.fw.cli("label", "add", "bulk", "dst prot 8080", check=False).returncode == 2
+    assert router.fw.cli("label", "add", "bulg", "all", check=False).returncode == 1
 
 
 def test_check(router: Router) -> None:

@@ -428,3 +428,49 @@ def test_answers_of_reject_do_not_come_back_to_the_queues(net: Network) -> None:
         fw.wait_for_drop(dport=7049)
         # Each crosses both queues. Its answer does not, or there were 50 more; a few are the kernel's own (MLD, ND).
         assert 100 <= sum(queue.seen for queue in fw.queues().values()) - before < 150
+
+
+LABELS = "[labels]\nvoip = 0\nguest = 100\n"
+
+
+def test_labels(net: Network, family: int) -> None:
+    """A rule sets them, the operator changes them, and they outlive a reload, a restart and a stop."""
+    rules = rule("accept", 'from = "lan"\nprotocol = "udp"\nport = 7000\nlabels = ["voip", "guest"]', "phones")
+    rules += rule("accept", 'from = "lan"', "others")
+    with daemon(net.router, ZONES + LABELS + rules) as fw:
+
+        def labels() -> dict[int, list[str] | None]:
+            return {
+                flow["orig"]["dport"]: flow.get("labels") for flow in fw.json("flows", "udp and dst port 7000-7001")
+            }
+
+        watching = net.router.start(*fw.command("events", "label guest", "-o", "table"))
+        wait_until(lambda: fw.stats()["listeners"] == 1, "somebody listens")
+        servers = [udp_socket(net.server, family, port) for port in (7000, 7001)]
+        client = udp_socket(net.client, family)
+        for server in servers:
+            client.sendto(b"hello", server.getsockname())
+            server.sendto(b"answer", server.recvfrom(100)[1])
+            assert client.recv(100) == b"answer"
+        assert labels() == {7000: ["voip", "guest"], 7001: None}
+        watching.wait_for_output("NEW     udp")
+        assert "labels=voip,guest" in watching.output()
+        watching.stop()
+
+        done = fw.cli("ct", "-U", "-p", "udp", "--dport", "7001", "--label-add", "voip", "-o", "labels")
+        assert " labels=voip" in done.stdout
+        assert done.stderr == "conntrack v1.4.7 (conntrack-tools): 1 flow entries have been updated.\n"
+        fw.cli("label", "del", "voip", "rule phones")
+        assert labels() == {7000: ["guest"], 7001: ["voip"]}
+        assert fw.cli("ct", "-L", "-l", "guest", "-o", "labels").stdout.count(" labels=guest") == 1
+
+        fw.write_config(ZONES + LABELS.replace("voip", "calls") + rules.replace("voip", "calls"))
+        fw.cli("reload")
+        assert labels() == {7000: ["guest"], 7001: ["calls"]}
+        assert fw.cli("flows", "label voip", check=False).stderr.startswith("There is no label 'voip'")
+        fw.restart()
+        assert labels() == {7000: ["guest"], 7001: ["calls"]}
+        assert fw.stop() == 0
+        fw.start()
+        assert labels() == {7000: ["guest"], 7001: ["calls"]}
+        assert [flow["rule"] for flow in fw.json("flows", "label calls")] == ["others"]

@@ -669,7 +669,7 @@ def test_conf_d(tmp_path: Path) -> None:
         config.load(main)
     assert [(Path(error.file).name, error.line, error.message) for error in raised.value.errors] == [
         ("30.toml", 2, f"zones.lan is already defined in {main}"),
-        ("30.toml", 3, "'polcy' does not belong in a file of conf.d (expected rule, services, sets or zones)"),
+        ("30.toml", 3, "'polcy' does not belong in a file of conf.d (expected labels, rule, services, sets or zones)"),
         ("30.toml", 6, "unknown action 'x' (expected accept, drop, reject, log or notrack)"),
         ("40.toml", 1, "'sets' cannot be 5 (expected a table)"),
         ("40.toml", 2, "'rule' cannot be a table (expected a list of tables, each headed by [[rule]])"),

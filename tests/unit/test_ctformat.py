@@ -64,8 +64,8 @@ def test_a_plain_line() -> None:
 
 
 def test_everything_that_a_line_can_have() -> None:
-    flow = changed(zone=7, helper="ftp", labels=f"{0b101:032x}", status=["CONFIRMED", "ASSURED"])
-    show = Show(extended=True, id=True, ktimestamp=True, labels={0: "web", 1: "mail", 2: "vpn"})
+    flow = changed(zone=7, helper="ftp", labels=["web", "vpn", "9"], status=["CONFIRMED", "ASSURED"])
+    show = Show(extended=True, id=True, ktimestamp=True, labels={"web": "web", "mail": "mail", "vpn": "vpn"})
     assert ctformat.text(of_flow(flow, NOW), show) == (
         "ipv4     2 tcp      6 431997 ESTABLISHED src=10.9.1.2 dst=10.9.2.2 sport=45044 dport=443 packets=4 bytes=221 "
         "[UNREPLIED] src=10.9.2.2 dst=10.9.1.2 sport=443 dport=45044 packets=3 bytes=169 [ASSURED] mark=42 zone=7 "
@@ -102,8 +102,8 @@ def test_xml() -> None:
 
 
 def test_everything_that_xml_can_have() -> None:
-    flow = changed(zone=7, helper="ftp", labels=f"{1:032x}")
-    show = Show(timestamp=True, ktimestamp=True, labels={0: "web"})
+    flow = changed(zone=7, helper="ftp", labels=["web"])
+    show = Show(timestamp=True, ktimestamp=True, labels={"web": "web"})
     element = ctformat.xml(of_event(event("DESTROY", flow, "DESTROY", "LABEL")), show)
     assert element.startswith('<flow type="destroy">')
     assert (

@@ -124,12 +124,14 @@ def test_mark_and_labels_are_told_when_they_change() -> None:
     set_mark(talk.net, ct, 0xFFFFFFFF, talk.now_ms)
     set_labels(talk.net, ct, 1 << 127, talk.now_ms)
     marked, labelled = rest(talk.net.events, listener)
-    assert (marked.bits, marked.mark, labelled.bits) == (IPCT_MARK, 0xFFFFFFFF, IPCT_LABEL)
+    assert (marked.bits, marked.mark, marked.labels) == (IPCT_MARK, 0xFFFFFFFF, 0)
+    assert (labelled.bits, labelled.labels) == (IPCT_LABEL, 1 << 127)
     assert talk.net.table.labels == {ct.id: 1 << 127}
     talk.net.table.kill(ct, talk.now_ms)
     assert talk.net.table.labels == {}
     (destroyed,) = rest(talk.net.events, listener)
     assert (destroyed.reason, destroyed.status & IPS_DYING) == (CLOSED_KILLED, IPS_DYING)
+    assert destroyed.labels == 1 << 127
 
 
 # --- The ring ---------------------------------------------------------------------------------------------------

@@ -30,10 +30,12 @@ class Some(Lab):
         self.all = self.connections()
         udp = next(ct for ct in self.all if ct.id == UDP)
         udp.mark, udp.zone, udp.oif = 0x1A, 7, 0
+        self.fw.ruleset.labels = {0: "voip", 1: "guest", 127: "guests-old"}
+        self.fw.net.table.labels = {UDP: 1 << 127 | 1, PING: 1 << 5 | 1 << 1}
 
     def chosen(self, text: str) -> set[int]:
         """The ids of the connections that a filter chooses."""
-        ask = predicate(parse(text), self.links.interface)
+        ask = predicate(parse(text), self.links.interface, self.fw.net.table.labels, self.fw.ruleset)
         return {ct.id for ct in self.all if ask(ct, ct, self.now_ms)}
 
 
@@ -111,6 +113,14 @@ EVERY = {TCP, UDP, PING, UDP6, ESP}
         ("rule o*,none", EVERY),
         ("rule [o]*", set()),
         ("rule ou", set()),
+        ("label voip", {UDP}),
+        ("label guest", {PING}),
+        ("label guest,voip", {UDP, PING}),
+        ("label guest* and not label guest", {UDP}),
+        ("label 5", {PING}),
+        ("label 127,64", {UDP}),
+        ("label other*", set()),
+        ("not label voip", EVERY - {UDP}),
         ("zone 7", {UDP}),
         ("zone 0", EVERY - {UDP}),
         ("zone 5-9", {UDP}),

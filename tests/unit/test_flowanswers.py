@@ -7,16 +7,18 @@ import msgspec
 import pytest
 from structlog.testing import capture_logs
 
-from conntrackd import api
+from conntrackd import api, config
 from conntrackd.api import RequestError
 from conntrackd.const import CLOSED_KILLED, IPPROTO_GRE, IPPROTO_ICMP, IPPROTO_UDP
 from conntrackd.core.conntrack import set_labels
 from conntrackd.core.expect import ANY_PORT, EXPECT_OK, expect_from
+from conntrackd.core.helper import assign_helper
 from conntrackd.core.helpers import HELPERS
 from conntrackd.daemon.control import MORE, QUIET
+from conntrackd.policy.compile import compile as compile_ruleset
 from tests.differential.packets import ACK, SYN, chunk
 from tests.unit import craft
-from tests.unit.answering import BEGIN, LAN, WAN, Lab
+from tests.unit.answering import BEGIN, LAN, NAMES, POLICY, WAN, Lab
 
 
 @pytest.fixture
@@ -128,8 +130,114 @@ def test_labels_are_shown_where_there_are_any(lab: Lab) -> None:
     lab.send(craft.udp())
     (ct,) = lab.fw.net.table.connections()
     assert "labels" not in lab.ask("flows")[0]
+    lab.fw.ruleset.labels = {2: "voip", 127: "last"}
     set_labels(lab.fw.net, ct, 1 << 127 | 5, BEGIN)
-    assert lab.ask("flows")[0]["labels"] == "80000000000000000000000000000005"
+    assert lab.ask("flows")[0]["labels"] == ["0", "voip", "last"]
+    assert lab.ask("flow", id=1)[0]["labels"] == ["0", "voip", "last"]
+
+
+LABELS = b"""
+[labels]
+voip = 0
+guest = 1
+old = 127
+"""
+
+
+def labelled_lab() -> Lab:
+    """Connections to port 80 have labels of their rule; others have none."""
+    lab = Lab()
+    text = POLICY.replace(b"[[rule]]", LABELS + b'[[rule]]\nname = "web"\nprotocol = "udp"\nport = 80\n'
+                          b'labels = ["voip", "old"]\naction = "accept"\n[[rule]]')  # fmt: skip
+    lab.fw.ruleset = compile_ruleset(config.parse(text, "test.toml"), 1)
+    lab.fw.ruleset.set_links(NAMES)
+    return lab
+
+
+def test_a_rule_labels_what_it_admits_and_events_say_so() -> None:
+    lab = labelled_lab()
+    rows = lab.begin("events", filter="label voip")
+    assert next(rows) is QUIET
+    lab.send(craft.udp())
+    lab.send(craft.udp(dport=81))
+    lab.ask("label", action="del", labels=["voip"], filter="label old")
+    lab.ask("label", action="add", labels=["voip", "9"], filter="all")
+    lab.ask("kill", filter="all")
+    told = [json.loads(msgspec.json.encode(row)) for row in (next(rows) for _ in range(20)) if row not in (QUIET, MORE)]
+    assert [(row["changes"], row["flow"]["labels"]) for row in told if row["flow"]["id"] == 1] == [
+        (["NEW", "LABEL"], ["voip", "old"]),
+        (["LABEL"], ["voip", "9", "old"]),
+        (["DESTROY"], ["voip", "9", "old"]),
+    ]
+    assert [(row["changes"], row["flow"]["labels"]) for row in told if row["flow"]["id"] == 2] == [
+        (["LABEL"], ["voip", "9"]),
+        (["DESTROY"], ["voip", "9"]),
+    ]
+    assert lab.fw.net.table.labels == {}
+
+
+def test_labels_change_by_request() -> None:
+    lab = labelled_lab()
+    for port in (80, 81, 82):
+        lab.send(craft.udp(dport=port))
+    assert lab.ask("label", action="list") == [
+        {"name": "voip", "bit": 0}, {"name": "guest", "bit": 1}, {"name": "old", "bit": 127},
+    ]  # fmt: skip
+    with capture_logs() as logs:
+        changed = lab.ask("label", action="add", labels=["voip", "1"], filter="port 80,81")
+    assert {row["id"]: row["labels"] for row in changed} == {1: ["voip", "guest", "old"], 2: ["voip", "guest"]}
+    assert (logs[0]["event"], logs[0]["count"], logs[0]["labels"]) == ("labels_changed", 2, ["voip", "1"])
+    assert lab.ask("label", action="add", labels=["guest"], filter="port 80,81") == []  # they had it
+    (row,) = lab.ask("label", action="del", labels=["guest", "old"], filter="port 80")
+    assert row["labels"] == ["voip"]
+    assert {row["id"] for row in lab.ask("label", action="del", filter="all")} == {1, 2}
+    assert lab.fw.net.table.labels == {}
+    # What was killed is told with the labels that it had.
+    lab.ask("label", action="add", labels=["old"], filter="port 82")
+    assert [row["labels"] for row in lab.ask("kill", filter="label old")] == [["old"]]
+
+
+@pytest.mark.parametrize(
+    ("args", "uid", "sentence"),
+    [
+        ({"action": "add", "labels": ["vopi"], "filter": "all"}, 0, "There is no label 'vopi'; did you mean 'voip'?"),
+        ({"action": "add", "labels": ["128"], "filter": "all"}, 0, "There is no label '128': define it in [labels]."),
+        ({"action": "add", "labels": ["voip"], "filter": "label gest"}, 0, "There is no label 'gest'; did you mean"),
+        ({"action": "del", "labels": ["voip"]}, 0, "Labels of which flows? The filter `all` is all of them."),
+        ({"action": "del", "labels": ["voip"], "filter": "all"}, 65534, "Changing labels needs root, and you are "),
+        ({"action": "set"}, 0, "The arguments of 'label' are not understood: "),
+    ],
+)
+def test_labels_that_are_not_changed(args: dict[str, Any], uid: int, sentence: str) -> None:
+    lab = labelled_lab()
+    lab.send(craft.udp())
+    with pytest.raises(RequestError) as refused:
+        lab.ask("label", uid, **args)
+    assert str(refused.value).startswith(sentence)
+    assert lab.ask("flows")[0]["labels"] == ["voip", "old"]
+
+
+def test_an_expected_connection_has_no_labels_of_its_master() -> None:
+    """As in the kernel, which hands on the mark only."""
+    lab = labelled_lab()
+    lab.send(craft.udp())
+    (master,) = lab.connections()
+    master.mark = 7
+    assign_helper(master, HELPERS["tftp"])
+    expect = expect_from(master, 0, IPPROTO_UDP, craft.SERVER[4], ANY_PORT, craft.CLIENT[4], 9000)
+    assert lab.fw.net.table.expectations.insert(expect, False, 10, lab.now_ms) == EXPECT_OK
+    lab.send(craft.udp(back=True, sport=9000, dport=9001), WAN, LAN)
+    (child,) = lab.ask("flows", filter="expected")
+    assert (child["master"], child["mark"], "labels" in child) == (master.id, 7, False)
+
+
+def test_a_policy_with_other_names_shows_the_same_bits() -> None:
+    lab = labelled_lab()
+    lab.send(craft.udp())
+    lab.fw.ruleset.labels = {0: "guest", 1: "voip"}
+    assert lab.ask("flows")[0]["labels"] == ["guest", "127"]
+    assert [row["id"] for row in lab.ask("flows", filter="label guest")] == [1]
+    assert lab.ask("flows", filter="label voip") == []
 
 
 def test_events_say_what_a_connection_was_like_then(lab: Lab) -> None:
