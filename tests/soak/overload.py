@@ -3,10 +3,10 @@
     python -m tests.soak.overload churn --seconds 600    memory stays, nothing is left behind, counters add up
     python -m tests.soak.overload flood --seconds 30     more than can be judged: it answers, counts and recovers
 
-`churn`: as much as an idle machine passes without loss. Small packets of one flow at a part of what the daemon was
-measured to judge, 2,000 datagrams a second that begin a flow each, 1,000 TCP connections a second that open, ask and
-close, 500 datagrams a second that the policy drops, and a client that asks for status and counters every second. So at
-any time there are as many connections, and memory that grows after the warm-up is held by nobody.
+`churn`: small packets of one flow, half as many as the daemon was measured to judge, 2,000 datagrams a second that begin
+a flow each, 1,000 TCP connections a second that open, ask and close, 500 datagrams a second that the policy drops, and a
+client that asks for status and counters every second. So at any time there are as many connections, and memory that
+grows after the warm-up is held by nobody.
 
 `flood`: as fast as the sender can, packets of one established flow, then packets that begin a flow each, then both at
 once; and beside them 200 datagrams a second of a flow that is established, and 200 of new ones.
@@ -53,7 +53,8 @@ FILL_S: Final = 2.0
 MEASURE_S: Final = 5.0
 # Behind the last of our queues.
 LEAVING: Final = "table inet soak { chain left { type filter hook postrouting priority 300; counter; }; }"
-FLOODS: Final = {"established": ["--udp", "0"], "new": ["--new", "0"], "both": ["--udp", "0", "--new", "0"]}
+# By the options of blast: each is a sender, as fast as it can.
+FLOODS: Final = {"established": ["udp"], "new": ["new"], "both": ["udp", "new"]}
 FULL: Final = 5.0  # times its capacity: a flood
 UNFAIR: Final = 0.03  # of the probes: what chance makes of it
 PAUSE_S: Final = 0.005
@@ -94,7 +95,7 @@ class Flooded:
 
     core: str
     flood: str
-    capacity: int  # packets a second
+    capacity: int  # packets a second of the same mixture, as measured kind by kind with one sender
     offered: int
     judged: int
     lost_established: float  # parts
@@ -301,11 +302,13 @@ def flood(kind: str, seconds: float, env: Mapping[str, str] | None = None) -> Fl
     """More than can be judged, for so long: of FLOODS."""
     with network() as net, daemon(net.router, POLICY, env=env) as fw:
         quiet(net)
-        able = capacity(net, fw, min(MEASURE_S, seconds), *FLOODS[kind])
+        able = {what: capacity(net, fw, min(MEASURE_S, seconds), f"--{what}", "0") for what in FLOODS[kind]}
         probes = Probes(net)
         before = judged(fw)
         begun = time.monotonic()
-        traffic = blast(net.client, net.server, seconds, *FLOODS[kind])
+        traffic = blast(
+            net.client, net.server, seconds, *(word for what in FLOODS[kind] for word in (f"--{what}", "0"))
+        )
         slowest = 0.0
         while time.monotonic() - begun < seconds - 1:
             asked = time.monotonic()
@@ -327,15 +330,15 @@ def flood(kind: str, seconds: float, env: Mapping[str, str] | None = None) -> Fl
 
         wait_until(passes, "a new flow passes again")
         recovered = time.monotonic() - begun - seconds
-        account = finish(traffic)
+        sent = {what: account["sent"] for what, account in finish(traffic).items()}
         fw.wait_for_empty_queues()
         kernel, status = fw.queues(), ask(fw, "status")
         names = ("dropped_full", "dropped_socket")
         return Flooded(
             core=status["core"],
             flood=kind,
-            capacity=able,
-            offered=int(sum(sent["sent"] for sent in account.values()) / seconds),
+            capacity=int(sum(sent.values()) / sum(sent[what] / able[what] for what in sent)),
+            offered=int(sum(sent.values()) / seconds),
             judged=int((judged(fw) - before) / seconds),
             lost_established=lost_established,
             lost_new=lost_new,
