@@ -3,10 +3,10 @@
     python -m tests.soak.overload churn --seconds 600    memory stays, nothing is left behind, counters add up
     python -m tests.soak.overload flood --seconds 30     more than can be judged: it answers, counts and recovers
 
-`churn`: small packets of one flow, half as many as the daemon was measured to judge, 2,000 datagrams a second that begin
-a flow each, 1,000 TCP connections a second that open, ask and close, 500 datagrams a second that the policy drops, and a
-client that asks for status and counters every second. So at any time there are as many connections, and memory that
-grows after the warm-up is held by nobody.
+`churn`: small packets of one flow, half as many as the daemon was measured to judge; 2,000 datagrams a second that
+begin a flow each; 1,000 TCP connections a second that open, ask and close; 500 datagrams a second that the policy
+drops; and a client that asks for status and counters every second. So at any time there are as many connections, and
+memory that grows after the warm-up is held by nobody.
 
 `flood`: as fast as the sender can, packets of one established flow, then packets that begin a flow each, then both at
 once; and beside them 200 datagrams a second of a flow that is established, and 200 of new ones.
