@@ -30,6 +30,7 @@ from conntrackd.daemon import handover, packetlog, rules
 from conntrackd.daemon import log as log_setup
 from conntrackd.daemon.answerer import Answerer
 from conntrackd.daemon.answers import Answers
+from conntrackd.daemon.coalescing import Coalescing
 from conntrackd.daemon.control import Asked, Control, ControlError
 from conntrackd.daemon.dropanswers import DropAnswers
 from conntrackd.daemon.exporter import Exporter, ExporterError
@@ -67,13 +68,9 @@ CONFIRM_BUDGET: Final = 512
 
 TICK_MS: Final = 1000  # how often the control socket looks for clients that hang
 STATUS_MS: Final = 5000  # how often the service manager is told how we are
-# Waking up costs more than a packet does. While many come, the loop waits a moment after it has emptied the queues, so
-# that it wakes up for several at once: as a network card does with its interrupts.
-RATE_MS: Final = 10
-COALESCE_RATE: Final = 20  # packets per millisecond
-COALESCE_S: Final = 100e-6
 EVENTS_MAX: Final = 3  # two queues and all else
 RESERVE_BYTES: Final = 8 << 20  # to go on with when there is no more memory
+IDLE_MS: Final = 1 << 30  # while nothing is under way beside the packets
 SOON_MS: Final = 5  # while something is under way beside the packets
 DRAIN_MS: Final = 1000  # how long a stopping daemon gives verdicts to what already waits
 
@@ -171,6 +168,7 @@ class Daemon:
             self._restart,
         )
         self._watch = TableWatch(self._net)
+        self._status_ms = now_ms + STATUS_MS
         self._control: Control | None = None
         self._exporter: Exporter | None = None
         # Packets come through `_packets`, all else through `_selector`, whose own descriptor is watched there too.
@@ -296,19 +294,13 @@ class Daemon:
         return now_ms
 
     def _set_time(self, now_ms: int) -> None:
-        """Tell what answers clients what time it is."""
+        """Tell all that goes by the time besides the packets what time it is."""
         assert self._control is not None
         self._control.now_ms = self._answers.now_ms = self._flow_answers.now_ms = now_ms
         self._status_answers.now_ms = self._policy_answers.now_ms = self._drop_answers.now_ms = now_ms
-        self._top_answers.now_ms = self._generations.now_ms = now_ms
+        self._top_answers.now_ms = self._generations.now_ms = self._state.now_ms = self._restart.now_ms = now_ms
         if self._exporter is not None:
             self._exporter.now_ms = now_ms
-
-    def _serve_others(self, now_ms: int) -> None:
-        """Do what waits besides packets: clients, links, signals."""
-        self._set_time(now_ms)
-        for key, events in self._selector.select(0):
-            key.data(events)
 
     def loop(self) -> int:
         """Serve until a signal says stop; then give verdicts to what waits. Returns the exit code."""
@@ -338,24 +330,18 @@ class Daemon:
 
     def _serve(self) -> None:
         """Turn the loop until a signal says stop."""
-        assert self._control is not None
-        now_ms = self._read_clock()
-        gc_ms = tick_ms = rate_ms = now_ms
-        status_ms = now_ms + STATUS_MS
+        net, fw, track, confirm, tracing = self._net, self._fw, self._track, self._confirm, self._tracing
+        track_fd, confirm_fd = track.fileno(), confirm.fileno()
         # The watchdog is fed here and nowhere else: a loop that is stuck is what it is for.
         period_ms = min(TICK_MS, self._notify.watchdog_ms or TICK_MS)
-        counted = told_seq = told_packets = 0
-        many = rested = False
-        track_fd, confirm_fd = self._track.fileno(), self._confirm.fileno()
+        now_ms = self._read_clock()
+        gc_ms = tick_ms = now_ms
+        soon_ms = told_seq = 0
+        coalescing = Coalescing((track, confirm), now_ms)
+        rested = False
         while not self._stop:
-            wake_ms = min(gc_ms, tick_ms)
-            if self._control.waits() or self._generations.busy():
-                wake_ms = min(wake_ms, now_ms + (0 if self._fw.rejudging else SOON_MS))
-            if self._restart.busy():
-                wake_ms = min(wake_ms, now_ms + SOON_MS)
-            if self._state.busy():
-                wake_ms = min(wake_ms, now_ms + 1)
-            ready = self._packets.poll(max(0, wake_ms - now_ms) / 1000, EVENTS_MAX)
+            wait_ms = min(gc_ms, tick_ms, now_ms + soon_ms) - now_ms
+            ready = self._packets.poll(wait_ms / 1000 if wait_ms > 0 else 0, EVENTS_MAX)
             now_ms = self._read_clock()
             confirm_waits = track_waits = others_wait = False
             for fd, _ in ready:
@@ -367,69 +353,83 @@ class Daemon:
                     others_wait = True
             emptied = True
             if confirm_waits:
-                emptied = self._confirm.turn(CONFIRM_BUDGET)
+                emptied = confirm.turn(CONFIRM_BUDGET)
             if track_waits:
-                emptied = self._track.turn(TRACK_BUDGET) and emptied
-            if self._fw.answers:
-                self._answerer.send(self._fw.answers)
-            if self._fw.logs:
-                packetlog.write(self._fw, self._links.interface)
-            if others_wait:
-                self._serve_others(now_ms)
-            if self._generations.busy():
-                self._generations.now_ms = now_ms
-                self._generations.turn()
-                self._track.accept_on_error = self._confirm.accept_on_error = self._generations.accept_on_error
-            if self._state.busy():
-                self._state.now_ms = now_ms
-                self._state.turn()
-            if self._restart.busy():
-                self._restart.now_ms = now_ms
-                self._restart.turn()
-                if self._starting is None and not self._rules.busy() and self._restart.due(self._control.answering()):
-                    self._become_next()
-            if self._control.waits():
-                self._set_time(now_ms)
-                self._control.resume()
+                emptied = track.turn(TRACK_BUDGET) and emptied
+            if fw.answers:
+                self._answerer.send(fw.answers)
+            if fw.logs:
+                packetlog.write(fw, self._links.interface)
             if now_ms >= gc_ms:
-                gc_ms = gc(self._net, now_ms)
-            if self._net.events.seq + self._tracing.seq != told_seq:
-                told_seq = self._net.events.seq + self._tracing.seq
-                self._set_time(now_ms)
-                self._control.wake()
+                gc_ms = gc(net, now_ms)
+            if net.events.seq + tracing.seq != told_seq:
+                told_seq = net.events.seq + tracing.seq
+                self._tell(now_ms)
             rested |= emptied
-            if now_ms >= tick_ms:
-                self._faults.tick(now_ms, rested, self._clock.look())
+            ticks = now_ms >= tick_ms
+            if ticks:
+                self._tick(now_ms, rested)
                 rested = False
-                self._track.send()
-                self._confirm.send()
-                self._control.now_ms = now_ms
-                self._control.tick()
-                if self._exporter is not None:
-                    self._exporter.tick()
-                self._watch.tick()
-                if not self._restart.busy():  # iptables would be left alone by us, in the middle of its work
-                    self._rules.tick(now_ms, self._generations.config().rules)
-                self._top_answers.now_ms = now_ms
-                self._top_answers.tick()
-                self._health.tick(now_ms)
-                self._generations.now_ms = now_ms
-                self._generations.tick()
-                self._state.now_ms = now_ms
-                self._state.tick()
-                self._notify.alive()
-                if now_ms >= status_ms:
-                    packets = self._track.packets + self._confirm.packets
-                    rate = (packets - told_packets) * 1000 // (STATUS_MS + now_ms - status_ms)
-                    self._notify.status(f"{self._net.table.count} flows, {rate} packets/s")
-                    told_packets, status_ms = packets, now_ms + STATUS_MS
                 tick_ms = now_ms + period_ms
-            if now_ms >= rate_ms:
-                packets = self._track.packets + self._confirm.packets
-                many = packets - counted > COALESCE_RATE * (RATE_MS + now_ms - rate_ms)
-                counted, rate_ms = packets, now_ms + RATE_MS
-            if many and emptied:
-                time.sleep(COALESCE_S)
+            # Only clients, signals, links and the tick begin what then goes on beside the packets.
+            if others_wait or ticks or soon_ms < IDLE_MS:
+                soon_ms = self._go_on(now_ms)
+            if now_ms >= coalescing.look_ms:
+                coalescing.look(now_ms)
+            if coalescing.pause_s and emptied:
+                time.sleep(coalescing.pause_s)
+
+    def _go_on(self, now_ms: int) -> int:
+        """Go on with all that is under way beside the packets; returns after how many milliseconds to come back."""
+        assert self._control is not None
+        control, generations, state, restart = self._control, self._generations, self._state, self._restart
+        self._set_time(now_ms)
+        if control.waits():
+            control.resume()
+        for key, events in self._selector.select(0):
+            key.data(events)
+        soon_ms = SOON_MS if control.waits() else IDLE_MS
+        if generations.busy():
+            generations.turn()
+            self._track.accept_on_error = self._confirm.accept_on_error = generations.accept_on_error
+            soon_ms = 0 if self._fw.rejudging else SOON_MS
+        if state.busy():
+            state.turn()
+            soon_ms = min(soon_ms, 1)
+        if restart.busy():
+            restart.turn()
+            if self._starting is None and not self._rules.busy() and restart.due(control.answering()):
+                self._become_next()
+            soon_ms = min(soon_ms, SOON_MS)
+        return soon_ms
+
+    def _tell(self, now_ms: int) -> None:
+        """Wake the clients that wait for something to happen."""
+        assert self._control is not None
+        self._control.now_ms = now_ms
+        self._control.wake()
+
+    def _tick(self, now_ms: int, rested: bool) -> None:
+        """Do what is to be done about once a second; `rested` is whether the queues were ever empty meanwhile."""
+        assert self._control is not None
+        self._faults.tick(now_ms, rested, self._clock.look())
+        self._track.send()
+        self._confirm.send()
+        self._set_time(now_ms)
+        self._control.tick()
+        if self._exporter is not None:
+            self._exporter.tick()
+        self._watch.tick()
+        if not self._restart.busy():  # iptables would be left alone by us, in the middle of its work
+            self._rules.tick(now_ms, self._generations.config().rules)
+        self._top_answers.tick()
+        self._health.tick(now_ms)
+        self._generations.tick()
+        self._state.tick()
+        self._notify.alive()
+        if now_ms >= self._status_ms:
+            self._status_ms = now_ms + STATUS_MS
+            self._notify.status(f"{self._net.table.count} flows, {self._health.packets_per_second} packets/s")
 
     def _leave_queues(self) -> None:
         """Let go of the queues before the disk is waited for: what comes now is dropped, or passes, as the rules say.

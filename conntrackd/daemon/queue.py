@@ -108,6 +108,7 @@ class Queue:
         self.wanted_buffer = 0
         self.now_ms = 0
         self.packets = 0
+        self.message_bytes = 0  # of the messages that they came in
         self.dropped = 0
         self.errors = 0
         self.errors_accepted = 0  # of these: passed, as configured
@@ -302,6 +303,7 @@ class Queue:
             at += (size + 3) & ~3
 
         self.packets += 1
+        self.message_bytes += end
         try:
             self._fw.checksum = info & NFQA_SKB_CSUM_NOTVERIFIED != 0
             if self.tracing is None:
