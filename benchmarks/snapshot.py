@@ -15,11 +15,12 @@ import time
 
 from benchmarks.contestants import conntrackd_env
 from benchmarks.programs import ROOT
-from benchmarks.table import START_MS, open_connection, resident, tracker
+from benchmarks.table import START_MS, open_connection, tracker
 from conntrackd import config
 from conntrackd.core import compiled
 from conntrackd.daemon.generations import Generations
 from conntrackd.daemon.handover import state_in_memory
+from conntrackd.daemon.hugepages import resident
 from conntrackd.daemon.links import Links
 from conntrackd.daemon.notify import Notify
 from conntrackd.daemon.state import State

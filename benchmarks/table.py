@@ -15,8 +15,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 from statistics import median
+from threading import Thread
 
 from benchmarks.contestants import conntrackd_env
 from benchmarks.programs import ROOT
@@ -25,6 +27,7 @@ from conntrackd.const import IP_CT_ESTABLISHED, IP_CT_NEW, NF_ACCEPT, NF_INET_PR
 from conntrackd.core.conntrack import confirm, conntrack_in, gc
 from conntrackd.core.net import Conntrack
 from conntrackd.core.sysctl import Sysctl
+from conntrackd.daemon.hugepages import collapse, resident
 from conntrackd.daemon.mark import Mark
 from conntrackd.daemon.nfnetlink import NFQA_IFINDEX_INDEV, NFQA_PACKET_HDR, NFQA_PAYLOAD, NFQNL_MSG_PACKET
 from conntrackd.daemon.queue import MESSAGE_HEADER, Queue
@@ -50,6 +53,7 @@ GOALS = {
     "daemon_ratio": 2.0,
     "pause_growing_ms": 5.0,
     "pause_expiring_ms": 5.0,
+    "pause_collapsing_ms": 5.0,
 }
 TITLES = {
     "connections": "live connections",
@@ -64,6 +68,8 @@ TITLES = {
     "pause_growing_wall_ms": "the same on the wall clock, ms",
     "pause_expiring_ms": "longest pause while all expire, ms",
     "pause_expiring_wall_ms": "the same on the wall clock, ms",
+    "pause_collapsing_ms": "longest pause of a packet while memory is put into huge pages, ms",
+    "pause_collapsing_wall_ms": "the same on the wall clock, ms",
     "expired_per_s": "connections expired per second",
     "new_per_s_empty": "new connections per second, table empty",
     "new_per_s_half": "new connections per second, table half full",
@@ -104,11 +110,6 @@ def tracker(limit: int) -> Conntrack:
     sysctl.max = limit
     sysctl.adaptive_end = 0  # never: what is measured is to be the same at every fill
     return Conntrack(sysctl)
-
-
-def resident() -> int:
-    """Bytes of memory that this process has."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 class Pauses:
@@ -206,10 +207,21 @@ def measure(count: int) -> dict[str, float]:
         grown.append(pauses)
         if len(grown) < 3:
             empty(many)
+    grown_bytes = resident()
     found["pause_growing_ms"] = median(pauses.cpu_ns for pauses in grown) / 1e6
     found["pause_growing_wall_ms"] = median(pauses.wall_ns for pauses in grown) / 1e6
 
+    # As the daemon has it done beside the packets, which go on meanwhile.
     now_ms = START_MS + count // 100
+    pauses, packets = Pauses(), cycle(some_packets(count))
+    collapsing = Thread(target=collapse)
+    collapsing.start()
+    while collapsing.is_alive():
+        pauses.call(conntrack_in, many, next(packets), False, now_ms)
+    found["pause_collapsing_ms"] = pauses.cpu_ns / 1e6
+    found["pause_collapsing_wall_ms"] = pauses.wall_ns / 1e6
+    found["bytes_per_connection"] += max(0, resident() - grown_bytes) / count
+
     for title, timed in ("tracker", tracker_ns), ("daemon", daemon_ns):
         # In turn, so that what disturbs one disturbs the other.
         rounds = [(timed(few, 1000, now_ms), timed(many, count, now_ms)) for _ in range(ROUNDS)]

@@ -39,6 +39,7 @@ from conntrackd.daemon.flowanswers import FlowAnswers
 from conntrackd.daemon.generations import Generations
 from conntrackd.daemon.handover import Restart
 from conntrackd.daemon.health import WARNING, Health
+from conntrackd.daemon.hugepages import HugePages
 from conntrackd.daemon.links import Links
 from conntrackd.daemon.mark import Mark
 from conntrackd.daemon.nfnetlink import NFQA_CFG_F_FAIL_OPEN, NFQA_CFG_F_GSO
@@ -168,6 +169,7 @@ class Daemon:
             self._restart,
         )
         self._watch = TableWatch(self._net)
+        self._huge_pages = HugePages()
         self._status_ms = now_ms + STATUS_MS
         self._control: Control | None = None
         self._exporter: Exporter | None = None
@@ -422,6 +424,7 @@ class Daemon:
         self._watch.tick()
         if not self._restart.busy():  # iptables would be left alone by us, in the middle of its work
             self._rules.tick(now_ms, self._generations.config().rules)
+        self._huge_pages.tick()
         self._top_answers.tick()
         self._health.tick(now_ms)
         self._generations.tick()
