@@ -123,18 +123,18 @@ class TcpConn(Conn):
 
     def __init__(self, orig: bytes, reply: bytes, protonum: int, now_ms: int) -> None:
         super().__init__(orig, reply, protonum, now_ms)
-        self.original = TcpPeer()
-        self.replier = TcpPeer()
-        # The last segment that mattered, to recognise its retransmission or the answer to it.
+        # The last segment that mattered, to recognise its retransmission or the answer to it; the small numbers together.
         self.last_direction: u8 = IP_CT_DIR_ORIGINAL
         self.last_index: u8 = NONE_SET
+        self.last_scale: u8 = 0
+        self.last_flags: i16 = 0
+        self.last_win: i32 = 0  # as on the wire, not scaled
+        self.retrans: i32 = 0
         self.last_seq = 0
         self.last_ack = 0
         self.last_end = 0
-        self.last_win: i32 = 0  # as on the wire, not scaled
-        self.last_scale: u8 = 0
-        self.last_flags: i16 = 0
-        self.retrans: i32 = 0
+        self.original = TcpPeer()
+        self.replier = TcpPeer()
 
 
 def forget_windows(ct: TcpConn) -> None:
