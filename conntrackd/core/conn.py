@@ -6,7 +6,7 @@ connection is one object whatever it carries.
 
 from typing import TYPE_CHECKING
 
-from mypy_extensions import i32, mypyc_attr, u8
+from mypy_extensions import i32, i64, mypyc_attr, u8
 
 from conntrackd.const import IPS_CONFIRMED, IPS_FIXED_TIMEOUT
 
@@ -33,20 +33,20 @@ class Conn:
         self.rule = ""  # name of the rule that admitted it
         self.account: Account | None = None  # what it counts on, from then to its end
         self.master: Conn | None = None  # the connection that announced it
+        # Mutable: its neighbours in the rings that it stands in (core/chain.py), and what has become of it. What every
+        # packet needs stands together, as far as it goes: where the table is big, each line of memory takes its time.
+        self.mark = 0
+        self.older: Conn | None = None
+        self.earlier: Conn | None = None
+        self.later: Conn | None = None
+        self.newer: Conn | None = None
         self.help: Help | None = None  # what its helper keeps, if it has one
-        # Mutable: what has become of it.
         self.expires_ms = 0  # as `timeout` in the kernel: relative until confirmed, a point in time after
         self.seen_ms = now_ms  # its last packet
-        self.mark = 0
         self.packets_orig = 0
         self.bytes_orig = 0
         self.packets_reply = 0
         self.bytes_reply = 0
-        # Neighbours in the rings that it stands in (core/chain.py).
-        self.older: Conn | None = None
-        self.newer: Conn | None = None
-        self.earlier: Conn | None = None
-        self.later: Conn | None = None
         # Small numbers together, of four bytes and of one: compiled, they fill three words.
         self.zone: i32 = 0  # conntrack zone: the same tuple in another zone is another connection
         self.iif: i32 = 0  # interface index the first packet came in by; 0 = the router itself
@@ -57,6 +57,26 @@ class Conn:
         self.state: u8 = 0  # of its protocol; 0 where the protocol has none
         self.ending: u8 = 0  # CLOSED_FIN or CLOSED_RST from when it began to end; such a one may be evicted
         self.timeouts: u8 = 0  # which settings it lives by: 0 = the tracker's, else net.timeouts[n - 1]
+        # One byte of a packet's tuple tells its direction; neither of ours need be read for it.
+        at = first_difference(orig, reply)
+        self.differs_at: u8 = u8(at)
+        self.orig_there: u8 = u8(orig[at]) if at else 0xFF  # equal tuples are replies, as in the kernel
+
+
+def first_difference(one: bytes, other: bytes) -> i64:
+    """Give the first index at which two tuples differ; 0, where the protocol is, if nowhere."""
+    size: i64 = len(one)
+    at: i64 = 1
+    while at < size:
+        if one[at] != other[at]:
+            return at
+        at += 1
+    return 0
+
+
+def is_reply(ct: Conn, key: bytes) -> bool:
+    """Whether a tuple that is one of the connection's is its reply."""
+    return key[ct.differs_at] != ct.orig_there
 
 
 def refresh(ct: Conn, timeout_ms: int, now_ms: int) -> None:

@@ -47,7 +47,7 @@ from conntrackd.const import (
     NF_REPEAT,
     STRESSED_HELPER,
 )
-from conntrackd.core.conn import Conn
+from conntrackd.core.conn import Conn, is_reply
 from conntrackd.core.helper import help_packet
 from conntrackd.core.net import Conntrack
 from conntrackd.core.proto.generic import generic_packet
@@ -145,7 +145,7 @@ def resolve_normal_ct(net: Conntrack, key: bytes, zone: int, now_ms: int) -> tup
         # A second packet of a flow whose first is still on its way joins it. The kernel keeps an unconfirmed
         # connection with its one packet and would lose the second at confirm (docs/differences.md).
         ct = net.table.find_unconfirmed(key, zone)
-    elif key == ct.reply:
+    elif is_reply(ct, key):
         return IP_CT_ESTABLISHED_REPLY, ct
     if ct is None:
         reason, ct = init_conntrack(net, key, zone, now_ms)

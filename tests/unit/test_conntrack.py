@@ -18,7 +18,7 @@ from conntrackd.const import (
     NF_DROP,
     STRESSED_TABLE_FULL,
 )
-from conntrackd.core.conn import Conn
+from conntrackd.core.conn import Conn, first_difference, is_reply
 from conntrackd.core.conntrack import Conntrack, confirm, conntrack_in, gc
 from conntrackd.core.sysctl import Sysctl
 from conntrackd.core.tuples import get_tuple, invert
@@ -300,3 +300,18 @@ def test_reply_of_a_reply_is_the_original() -> None:
     talk = Talk()
     talk.send(udp())
     assert invert(talk.the().reply) == talk.the().orig
+
+
+@pytest.mark.parametrize("there", [0, 0xFF])
+def test_a_direction_is_told_by_the_first_byte_in_which_the_tuples_differ(there: int) -> None:
+    orig = bytes((17, 10, 0, 0, 1, 10, 0, 0, 2, there, 7, there, 9))
+    reply = invert(orig)
+    ct = Conn(orig, reply, 17, 0)
+    assert first_difference(orig, reply) == 4
+    assert (is_reply(ct, orig), is_reply(ct, reply)) == (False, True)
+
+
+def test_a_connection_whose_tuples_are_equal_sees_replies_only() -> None:
+    orig = bytes((17, 10, 0, 0, 1, 10, 0, 0, 1, 0, 7, 0, 7))
+    assert invert(orig) == orig
+    assert is_reply(Conn(orig, orig, 17, 0), orig)
