@@ -83,7 +83,7 @@ DROP_REASONS: Final = (
     DROPPED_BY_FLOWS,
     DROPPED_REVOKED,
     DROPPED_CLASH,
-    *(name for reason, name in CTINFO_NAMES.items() if reason >= INVALID),
+    *[name for reason, name in CTINFO_NAMES.items() if reason >= INVALID],
 )
 
 

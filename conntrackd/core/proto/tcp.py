@@ -123,8 +123,8 @@ class TcpConn(Conn):
 
     def __init__(self, orig: bytes, reply: bytes, protonum: int, now_ms: int) -> None:
         super().__init__(orig, reply, protonum, now_ms)
-        # The last segment that mattered, to recognise its retransmission or the answer to it. Compiled, its small numbers
-        # share words with those of Conn.
+        # The last segment that mattered, to recognise its retransmission or the answer to it. Compiled, its small
+        # numbers share words with those of Conn.
         self.last_direction: u8 = IP_CT_DIR_ORIGINAL
         self.last_index: u8 = NONE_SET
         self.last_scale: u8 = 0
