@@ -51,6 +51,7 @@ from conntrackd.core.helper import assign_helper, help_new_packet
 from conntrackd.core.helpers import HELPERS
 from conntrackd.core.net import Conntrack
 from conntrackd.core.proto.tcp_states import SYN_SENT as TCP_SYN_SENT
+from conntrackd.core.table import zone_key
 from conntrackd.core.tuples import destination, packet_tuple
 from conntrackd.core.tuples import source as source_of
 from conntrackd.policy.match import decide, judge, log_matches, untracked
@@ -106,7 +107,8 @@ class Firewall:
         self.logs: list[tuple[int, int, Rule, int, bytes, int, int]] = []
         # While connections are judged anew by a new policy: those of older generations are, at their next packet.
         self.rejudging = False
-        self.revoked: dict[bytes, int] = {}  # tuples of connections that it ended -> until when they are remembered
+        # Tuples, with their zone, of connections that it ended -> until when they are remembered.
+        self.revoked: dict[bytes, int] = {}
 
 
 def pre_routing(fw: Firewall, data: bytes, hook: int, iif: int, now_ms: int, mark: int = 0) -> int:
@@ -281,7 +283,10 @@ def still_allowed(fw: Firewall, ct: Conn, now_ms: int) -> bool:
     if ct.generation == ruleset.generation:
         return True
     rule = decide(ruleset, RELATED if ct.status & IPS_EXPECTED else NEW, ct.orig, ct.iif, ct.oif, now_ms)
-    if rule.accept and (ct.master is None or not ct.master.status & IPS_DYING or ct.master.orig not in fw.revoked):
+    master = ct.master
+    if rule.accept and not (
+        master is not None and master.status & IPS_DYING and zone_key(master.zone, master.orig) in fw.revoked
+    ):
         ct.generation = ruleset.generation
         if ct.account is not None and ct.account is not rule.account:
             ct.account.move(ct, rule.account)
@@ -291,7 +296,7 @@ def still_allowed(fw: Firewall, ct: Conn, now_ms: int) -> bool:
     for key in (ct.orig, ct.reply):
         if len(fw.revoked) >= REVOKED_MAX:
             del fw.revoked[next(iter(fw.revoked))]
-        fw.revoked[key] = now_ms + REVOKED_MS
+        fw.revoked[zone_key(ct.zone, key)] = now_ms + REVOKED_MS
     fw.net.table.kill(ct, now_ms, CLOSED_POLICY)
     return False
 
@@ -301,10 +306,11 @@ def is_revoked(fw: Firewall, ct: Conn, now_ms: int) -> bool:
 
     Its other end may be allowed to open connections, but this is none. A SYN opens one, whatever was there before.
     """
-    until_ms = fw.revoked.get(ct.orig, 0)
+    key = zone_key(ct.zone, ct.orig)
+    until_ms = fw.revoked.get(key, 0)
     if until_ms <= now_ms or (ct.protonum == IPPROTO_TCP and ct.state == TCP_SYN_SENT):
         return False
-    fw.revoked[ct.orig] = now_ms + REVOKED_MS
+    fw.revoked[key] = now_ms + REVOKED_MS
     return True
 
 

@@ -49,7 +49,7 @@ END: Final = 9
 # An address that was added to a set: the set's name, whether it is IPv6, length of the prefix, address, when it ends.
 ENTRY: Final = struct.Struct("<HBB16sq")
 # A tuple whose connection a new policy ended: its length, the tuple, until when it is remembered.
-REVOCATION: Final = struct.Struct("<B37sq")
+REVOCATION: Final = struct.Struct("<B39sq")
 
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 

@@ -25,9 +25,10 @@ from conntrackd.const import (
     NF_INET_PRE_ROUTING,
     STRESSED_TABLE_FULL,
 )
+from conntrackd.core.conntrack import conntrack_in
 from conntrackd.core.net import Conntrack
 from conntrackd.core.tuples import get_tuple
-from conntrackd.hooks import DROPS_MAX, Firewall, post_routing, pre_routing
+from conntrackd.hooks import DROPS_MAX, Firewall, is_revoked, post_routing, pre_routing, still_allowed
 from conntrackd.policy.compile import compile as compile_ruleset
 from tests.differential import packets
 from tests.differential.packets import ACK, RST, SYN
@@ -280,3 +281,20 @@ def test_recent_drops_are_bounded_and_the_newest_is_where_it_says(router: Router
     assert len(router.fw.drops) == DROPS_MAX
     assert min(entry[0] for entry in router.fw.drops) == START_MS + 10
     assert router.fw.drop_counts == {"ip_header": DROPS_MAX + 10}
+
+
+# --- A new policy -----------------------------------------------------------------------------------------------
+
+
+def test_what_a_policy_ended_in_one_zone_is_not_held_against_its_twin_in_another(router: Router) -> None:
+    router.cross(udp(b"x"))
+    ct = router.table.get(get_tuple(udp(b"x"), 0))
+    assert ct is not None
+    forbids = compile_ruleset(parse(b"version = 1\n", "test.toml"), 2)
+    forbids.set_links({LAN: "eth1", WAN: "eth0"})
+    router.fw.ruleset = forbids
+    assert not still_allowed(router.fw, ct, router.now_ms)
+    for zone, revoked in (0, True), (7, False):
+        again = conntrack_in(router.fw.net, udp(b"x"), True, router.now_ms, zone)[1]
+        assert again is not None
+        assert is_revoked(router.fw, again, router.now_ms) is revoked
