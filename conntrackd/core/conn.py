@@ -60,7 +60,7 @@ class Conn:
         # One byte of a packet's tuple tells its direction; neither of ours need be read for it.
         at = first_difference(orig, reply)
         self.differs_at: u8 = u8(at)
-        self.orig_there: u8 = u8(orig[at]) if at else 0xFF  # equal tuples are replies, as in the kernel
+        self.orig_there: u8 = u8(orig[at]) if at else u8(255 - protonum)  # equal tuples are replies, as in the kernel
 
 
 def first_difference(one: bytes, other: bytes) -> i64:

@@ -311,7 +311,8 @@ def test_a_direction_is_told_by_the_first_byte_in_which_the_tuples_differ(there:
     assert (is_reply(ct, orig), is_reply(ct, reply)) == (False, True)
 
 
-def test_a_connection_whose_tuples_are_equal_sees_replies_only() -> None:
-    orig = bytes((17, 10, 0, 0, 1, 10, 0, 0, 1, 0, 7, 0, 7))
+@pytest.mark.parametrize("protonum", [17, 255])
+def test_a_connection_whose_tuples_are_equal_sees_replies_only(protonum: int) -> None:
+    orig = bytes((protonum, 10, 0, 0, 1, 10, 0, 0, 1, 0, 0, 0, 0))
     assert invert(orig) == orig
-    assert is_reply(Conn(orig, orig, 17, 0), orig)
+    assert is_reply(Conn(orig, orig, protonum, 0), orig)
