@@ -7,6 +7,7 @@ snapshot, not the packets. Whatever goes wrong is counted, said once, and shown 
 import os
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import BinaryIO, Final
 
 import structlog
@@ -62,6 +63,8 @@ class State:
         self._failed = 0
         self._error = ""
         self._restored: Restored | None = None
+        self._aside = ""  # the file that was no good, and why
+        self._aside_reason = ""
 
     # --- At the start ---------------------------------------------------------------------------------------------
 
@@ -122,7 +125,8 @@ class State:
     def _set_aside(self, reason: str) -> None:
         assert self._file is not None
         try:
-            aside = self._file.set_aside()
+            aside = self._aside = self._file.set_aside()
+            self._aside_reason = reason
         except OSError as error:
             aside = f"it stays, for it can't be renamed: {error.strerror}"
         log.warning("snapshot_set_aside", file=str(self._file.path), reason=f"it {reason}", kept_as=aside)
@@ -234,13 +238,20 @@ class State:
             self._file.close()
 
     def problems(self) -> Iterator[api.Problem]:
-        """Say that nothing is kept though it should be (Health.sources)."""
+        """Say that nothing is kept though it should be, or that nothing could be restored (Health.sources)."""
         if self._error:
             yield api.Problem(
                 name="snapshot_failed",
                 severity="warning",
                 message=f"No snapshot can be written to {self._directory}: {self._error}. "
                 "What has come since the last one would be lost with the daemon.",
+            )
+        if self._aside and Path(self._aside).exists():
+            yield api.Problem(
+                name="snapshot_set_aside",
+                severity="warning",
+                message=f"The daemon began without its flows, for the snapshot was no good: it {self._aside_reason}. "
+                f"Look into {self._aside}, and remove it.",
             )
 
     def status(self) -> api.StateStatus | None:

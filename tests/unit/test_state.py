@@ -248,6 +248,10 @@ def test_what_is_no_good_is_set_aside(directory: Path, content: bytes, reason: s
     assert Path(line["kept_as"]).read_bytes() == content
     assert daemon.fw.net.table.count == 0
     assert daemon.status().restored is None
+    (problem,) = daemon.state.problems()
+    assert (problem.name, line["kept_as"] in problem.message) == ("snapshot_set_aside", True)
+    Path(line["kept_as"]).unlink()
+    assert not list(daemon.state.problems())
 
 
 def test_a_bounded_number_is_kept_aside(directory: Path) -> None:
