@@ -71,7 +71,8 @@ class Arrivals:
     """The IP packets that arrive at the `eth0` of a host from now on."""
 
     def __init__(self, host: Host) -> None:
-        self._socket = host.open_socket(socket.AF_PACKET, socket.SOCK_DGRAM, socket.htons(ETH_P_ALL))
+        # Without a protocol: with one it would hear all interfaces, lo too, until it is bound.
+        self._socket = host.open_socket(socket.AF_PACKET, socket.SOCK_DGRAM, 0)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 24)
         self._socket.bind(("eth0", ETH_P_ALL))
         self._socket.settimeout(0.0)
