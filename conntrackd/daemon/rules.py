@@ -11,9 +11,11 @@ Chains are made by `install` and go away with `remove`, never in between: deleti
 kernel drop whatever waits in the queues.
 """
 
+import random
 import re
 import shutil
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -24,7 +26,8 @@ from conntrackd.daemon.mark import Mark
 from conntrackd.daemon.rulescheck import PREFIX, Saved, jumps_to, parse, passing
 
 WAIT_S: Final = 5  # how long iptables may wait for another iptables to let go of its lock
-TRIES: Final = 5  # of an installation that others get in the way of
+TRIES: Final = 8  # of an installation that others get in the way of,
+PAUSE_S: Final = 0.2  # at most so long after one another
 IPV6_IS_ON: Final = Path("/proc/net/if_inet6")
 OWN_STATUS: Final = Path("/proc/self/status")
 CAP_NET_ADMIN: Final = 12
@@ -105,25 +108,28 @@ def install(wanted: dict[str, list[Chain]]) -> dict[str, Saved]:
     program got in between. Returns our chains and jumps as iptables-save prints them, for `rulescheck.compare`. Raises
     RulesError; refused rules change nothing.
     """
-    before: dict[str, Saved] = {}
+    loaded = False
     refused: RulesError | None = None
+    end_s = time.monotonic() + WAIT_S
     for _ in range(TRIES):
-        found = {tool: parse(listed(tool)) for tool in wanted}
-        if refused is not None and found == before:
-            raise refused
-        if before and all(_in_place(found[tool], chains) for tool, chains in wanted.items()):
-            return {tool: _alone(found[tool], chains) for tool, chains in wanted.items()}
-        before = found
-        loads = {}
-        for tool, chains in wanted.items():
-            here = found[tool]
-            loads[tool] = _removal(_stale(here, chains), here) + _filling(chains, here)
+        if refused is not None:  # for good, or because somebody changed the rules at the same moment: not again, then
+            if time.monotonic() > end_s:
+                break
+            time.sleep(random.uniform(0, PAUSE_S))  # noqa: S311
         try:
+            found = {tool: parse(listed(tool)) for tool in wanted}
+            if loaded and all(_in_place(found[tool], chains) for tool, chains in wanted.items()):
+                return {tool: _alone(found[tool], chains) for tool, chains in wanted.items()}
+            loaded = False
+            loads = {
+                tool: _removal(_stale(found[tool], chains), found[tool]) + _filling(chains, found[tool])
+                for tool, chains in wanted.items()
+            }
             for tool, text in loads.items():
                 _restore(tool, text, "--test")
             for tool, text in loads.items():
                 _restore(tool, text)
-            refused = None
+            loaded, refused = True, None
         except RulesError as error:
             refused = error
     raise refused or RulesError("Another program changes the iptables rules again and again: stop it.")

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from threading import Event, Thread
 
 import pytest
@@ -122,11 +123,9 @@ def test_installing_again_under_traffic_loses_nothing(net: Network, fw: Daemon, 
 
 def test_several_at_once_install_one_jump(net: Network, idle: Daemon, tool: str) -> None:
     for _ in range(3):
-        threads = [Thread(target=idle.cli, args=("rules", "install", "--config", idle.config_path)) for _ in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor() as pool:
+            done = [pool.submit(idle.cli, "rules", "install", "--config", idle.config_path) for _ in range(4)]
+        assert not [each.exception() for each in done if each.exception()]
         jumps = re.findall(r"^-A [A-Z]+ .*-j (CONNTRACKD-\w+)$", saved(net, tool), re.MULTILINE)
         assert sorted(jumps) == sorted(2 * [f"CONNTRACKD-{name}" for name in ("PRE", "OUT", "POST", "IN")])
         idle.remove_rules()
