@@ -15,6 +15,7 @@ MANY: Final = 20  # packets per millisecond
 SMALL_BYTES: Final = 1000  # on average, of the kernel's messages with the packets in them
 TOGETHER: Final = 6  # packets for which it is worth to wake up
 PAUSE_MAX_S: Final = 200e-6
+PAUSE_MIN_S: Final = 100e-6  # a shorter one would be as long, for timers are late; and so many come together by themselves
 
 
 class Coalescing:
@@ -34,6 +35,7 @@ class Coalescing:
         came, came_bytes, took_ms = packets - self._packets, size - self._bytes, now_ms - self._looked_ms
         self.pause_s = 0.0
         if came > MANY * took_ms and came_bytes < SMALL_BYTES * came:
-            self.pause_s = min(TOGETHER * took_ms / came / 1000, PAUSE_MAX_S)
+            pause_s = TOGETHER * took_ms / came / 1000
+            self.pause_s = min(pause_s, PAUSE_MAX_S) if pause_s >= PAUSE_MIN_S else 0.0
         self._packets, self._bytes = packets, size
         self._looked_ms, self.look_ms = now_ms, now_ms + LOOK_MS

@@ -5,7 +5,7 @@ import pytest
 from conntrackd.config import parse
 from conntrackd.core.net import Conntrack
 from conntrackd.core.sysctl import Sysctl
-from conntrackd.daemon.coalescing import LOOK_MS, MANY, PAUSE_MAX_S, TOGETHER, Coalescing
+from conntrackd.daemon.coalescing import LOOK_MS, MANY, PAUSE_MAX_S, PAUSE_MIN_S, TOGETHER, Coalescing
 from conntrackd.daemon.mark import Mark
 from conntrackd.daemon.queue import Queue
 from conntrackd.hooks import Firewall
@@ -39,14 +39,19 @@ def test_small_packets_that_are_many_are_waited_for(queue: Queue) -> None:
 
 
 def test_the_more_come_the_shorter_is_the_wait(queue: Queue) -> None:
-    assert pause_s(queue, (100, SMALL)) == pytest.approx(TOGETHER / 100 / 1000)
+    assert pause_s(queue, (40, SMALL)) == pytest.approx(TOGETHER / 40 / 1000)
 
 
-@pytest.mark.parametrize("look", [(MANY, SMALL), (100, BIG), (0, 0)], ids=["few", "big", "none"])
+def test_so_many_that_they_come_together_by_themselves_are_not(queue: Queue) -> None:
+    assert pause_s(queue, (TOGETHER * 10, SMALL)) == pytest.approx(PAUSE_MIN_S)
+    assert pause_s(queue, (TOGETHER * 10 + 1, SMALL)) == 0.0
+
+
+@pytest.mark.parametrize("look", [(MANY, SMALL), (40, BIG), (0, 0)], ids=["few", "big", "none"])
 def test_others_are_not(queue: Queue, look: tuple[int, int]) -> None:
     assert pause_s(queue, look) == 0.0
 
 
 def test_only_what_came_since_the_last_look_counts(queue: Queue) -> None:
     assert pause_s(queue, (1000, SMALL), (MANY, SMALL)) == 0.0
-    assert pause_s(queue, (1000, BIG), (100, SMALL)) > 0.0
+    assert pause_s(queue, (1000, BIG), (40, SMALL)) > 0.0
