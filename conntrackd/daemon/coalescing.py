@@ -15,7 +15,8 @@ MANY: Final = 20  # packets per millisecond
 SMALL_BYTES: Final = 1000  # on average, of the kernel's messages with the packets in them
 TOGETHER: Final = 6  # packets for which it is worth to wake up
 PAUSE_MAX_S: Final = 200e-6
-PAUSE_MIN_S: Final = 100e-6  # a shorter one would be as long, for timers are late; and so many come together by themselves
+# A shorter one would be as long, for timers are late; and so many come together by themselves.
+PAUSE_MIN_S: Final = 100e-6
 
 
 class Coalescing:
