@@ -47,7 +47,7 @@ class Conn:
         self.bytes_orig = 0
         self.packets_reply = 0
         self.bytes_reply = 0
-        # Small numbers together, of four bytes and of one: compiled, they fill three words.
+        # Small numbers together, of four bytes and of one: compiled, they share words.
         self.zone: i32 = 0  # conntrack zone: the same tuple in another zone is another connection
         self.iif: i32 = 0  # interface index the first packet came in by; 0 = the router itself
         self.oif: i32 = 0  # interface index it left by; 0 = the router itself

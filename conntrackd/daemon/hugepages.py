@@ -34,18 +34,26 @@ class HugePages:
         """Begin to collapse if there is something to."""
         if not self._allowed or (self._thread is not None and self._thread.is_alive()):
             return
-        bytes_now = resident()
-        if bytes_now - self._looked < GROWN:
-            self._looked = min(self._looked, bytes_now)
+        try:
+            bytes_now = resident()
+            if bytes_now - self._looked < GROWN:
+                self._looked = min(self._looked, bytes_now)
+                return
+            self._looked = bytes_now
+            thread = threading.Thread(target=collapse, name="huge pages", daemon=True)
+            thread.start()
+            self._thread = thread
+        except (OSError, RuntimeError):  # no descriptor or no thread to be had: it stays in small pages
             return
-        self._looked = bytes_now
-        self._thread = threading.Thread(target=collapse, name="huge pages", daemon=True)
-        self._thread.start()
 
 
 def collapse() -> None:
     """Collapse all memory that fills huge pages; what the kernel has none left for stays as it is."""
-    for start, end in ranges(MAPS.read_text()):
+    try:
+        maps = MAPS.read_text()
+    except OSError:
+        return
+    for start, end in ranges(maps):
         # Parts that nothing was written to are refused, and so is all by a kernel that is too old.
         libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_COLLAPSE)
 

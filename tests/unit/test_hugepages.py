@@ -4,11 +4,13 @@ import mmap
 import re
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from conntrackd.daemon.hugepages import GROWN, HUGE, allowed, ranges
+from conntrackd.daemon import hugepages
+from conntrackd.daemon.hugepages import GROWN, HUGE, HugePages, allowed, ranges
 
 MAPS = """\
 55aeb8779000-55aeb8979000 rw-p 00000000 fe:00 260850                     /usr/bin/python3
@@ -47,6 +49,21 @@ def test_ranges_are_the_whole_huge_pages_of_memory_that_is_our_own() -> None:
 def test_the_maps_of_a_real_process_are_understood() -> None:
     with mmap.mmap(-1, 4 * HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS):
         assert sum(end - start for start, end in ranges(Path("/proc/self/maps").read_text())) >= 3 * HUGE
+
+
+def test_without_a_descriptor_or_a_thread_it_stays_in_small_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hugepages, "allowed", lambda: True)
+    pages = HugePages()
+    with monkeypatch.context() as patch:
+        patch.setattr(hugepages, "STATM", Path("/proc/self/fd/not there"))
+        pages.tick()
+    monkeypatch.setattr(hugepages, "resident", lambda: 1 << 60)
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    pages.tick()
+
+
+def refuse(_thread: threading.Thread) -> None:
+    raise RuntimeError("can't start new thread")
 
 
 @pytest.mark.skipif(not allowed(), reason="this machine has no transparent huge pages")
