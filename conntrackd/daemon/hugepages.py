@@ -1,12 +1,17 @@
 """Memory in huge pages: with many connections the walk through the page tables takes longer than what it leads to.
 
 Python takes memory in pieces of one megabyte, too small for a page of two when they are first written to. So what has
-grown is collapsed into huge pages now and then, in a thread: the system call copies one page after the other, and
-Python goes on meanwhile. A small table never gets here, and where the administrator has set
-/sys/kernel/mm/transparent_hugepage/enabled to `never`, nothing is done.
+grown is collapsed into huge pages now and then, in a thread, one page per system call; Python goes on meanwhile. A small
+table never gets here, and where the administrator has set /sys/kernel/mm/transparent_hugepage/enabled to `never`,
+nothing is done.
+
+While the kernel copies a page, a packet whose connection is in there waits. That is half a millisecond, unless the huge
+page is memory that a virtual machine never used before: then its host must find 512 pages for it first, which takes ten
+times as long. So a huge page is written to and given back before: it is the one that the kernel takes next.
 """
 
 import ctypes
+import mmap
 import os
 import threading
 from pathlib import Path
@@ -15,6 +20,7 @@ from typing import Final
 from conntrackd.daemon.mmsg import libc
 
 MADV_COLLAPSE: Final = 25  # since Linux 6.1
+MADV_POPULATE_WRITE: Final = 23  # since Linux 5.14
 HUGE: Final = 2 << 20  # bytes of a huge page of x86-64, and of arm64 with small pages of 4 kB
 GROWN: Final = 16 << 20  # bytes by which the process must have grown before it is worth to look again
 ENABLED: Final = Path("/sys/kernel/mm/transparent_hugepage/enabled")
@@ -51,11 +57,24 @@ def collapse() -> None:
     """Collapse all memory that fills huge pages; what the kernel has none left for stays as it is."""
     try:
         maps = MAPS.read_text()
-    except OSError:
+        spare = mmap.mmap(-1, 2 * HUGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except (OSError, ValueError):
         return
-    for start, end in ranges(maps):
-        # Parts that nothing was written to are refused, and so is all by a kernel that is too old.
-        libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), MADV_COLLAPSE)
+    with spare:
+        within = ctypes.addressof(ctypes.c_char.from_buffer(spare))
+        spare_page = -(-within // HUGE) * HUGE
+        advise(spare_page, mmap.MADV_HUGEPAGE)
+        for start, end in ranges(maps):
+            for page in range(start, end, HUGE):
+                advise(spare_page, MADV_POPULATE_WRITE)
+                advise(spare_page, mmap.MADV_DONTNEED)
+                # Parts that nothing was written to are refused, and so is all by a kernel that is too old.
+                advise(page, MADV_COLLAPSE)
+
+
+def advise(page: int, advice: int) -> None:
+    """Tell the kernel something about a huge page, while the interpreter is free for others: see madvise(2)."""
+    libc.madvise(ctypes.c_void_p(page), ctypes.c_size_t(HUGE), advice)
 
 
 def allowed() -> bool:
