@@ -58,8 +58,9 @@ from conntrackd.core.proto.icmpv6 import icmpv6_error, icmpv6_packet
 from conntrackd.core.proto.sctp import SctpConn, sctp_packet
 from conntrackd.core.proto.sctp import state_timeout as sctp_state_timeout
 from conntrackd.core.proto.tcp import HEADER as TCP_HEADER
-from conntrackd.core.proto.tcp import RST, TcpConn, tcp_packet
+from conntrackd.core.proto.tcp import RST, tcp_packet
 from conntrackd.core.proto.tcp import state_timeout as tcp_state_timeout
+from conntrackd.core.proto.tcp_conn import TcpConn
 from conntrackd.core.proto.udp import UdpConn, udp_packet
 from conntrackd.core.proto.udplite import udplite_packet
 from conntrackd.core.sysctl import Sysctl

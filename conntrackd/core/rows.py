@@ -11,6 +11,7 @@ import struct
 from typing import TYPE_CHECKING, Final
 
 from conntrackd.const import (
+    IP_CT_DIR_ORIGINAL,
     IPS_ASSURED,
     IPS_CONFIRMED,
     IPS_EXPECTED,
@@ -24,7 +25,8 @@ from conntrackd.core.expect import Expect
 from conntrackd.core.helpers import HELPERS
 from conntrackd.core.proto.gre import GreConn
 from conntrackd.core.proto.sctp import SctpConn
-from conntrackd.core.proto.tcp import MASK, WINDOW_SCALE_MAX, TcpConn, TcpPeer
+from conntrackd.core.proto.tcp import WINDOW_SCALE_MAX
+from conntrackd.core.proto.tcp_conn import MASK, TcpConn, TcpPeer, pack, sides
 from conntrackd.core.proto.udp import UdpConn
 from conntrackd.core.tuples import invert
 
@@ -155,17 +157,17 @@ def pack_conn(ct: Conn, labels: int, links: dict[int, str], names: Names) -> byt
 def protocol_part(ct: Conn) -> bytes:
     """Write what its protocol keeps of a connection besides."""
     if isinstance(ct, TcpConn):
-        a, b = ct.original, ct.replier
+        a, b = sides(ct)
         return TCP.pack(
             a.end,
             a.maxend,
-            min(a.maxwin, MASK),
+            a.maxwin,
             a.maxack,
             a.scale,
             a.flags,
             b.end,
             b.maxend,
-            min(b.maxwin, MASK),
+            b.maxwin,
             b.maxack,
             b.scale,
             b.flags,
@@ -249,12 +251,14 @@ def read_protocol_part(ct: Conn, block: bytes, at: int, end: int, shift_ms: int)
         if at + TCP.size > end or not 1 <= ct.state <= TCP_STATES:
             return -1
         fields = TCP.unpack_from(block, at)
-        if not read_peer(ct.original, fields[0], fields[1], fields[2], fields[3], fields[4], fields[5]):
+        original, replier = TcpPeer(), TcpPeer()
+        if not read_peer(original, fields[0], fields[1], fields[2], fields[3], fields[4], fields[5]):
             return -1
-        if not read_peer(ct.replier, fields[6], fields[7], fields[8], fields[9], fields[10], fields[11]):
+        if not read_peer(replier, fields[6], fields[7], fields[8], fields[9], fields[10], fields[11]):
             return -1
-        if fields[12] > 1 or fields[13] > TCP_INDEXES or fields[17] > 0xFFFF or fields[20] > 0x7FFFFFFF:
+        if fields[12] > 1 or fields[13] > TCP_INDEXES or fields[17] > 0xFFFF:
             return -1
+        pack(ct, IP_CT_DIR_ORIGINAL, original, replier)
         ct.last_direction = fields[12]
         ct.last_index = fields[13]
         ct.last_seq = fields[14]
@@ -263,7 +267,7 @@ def read_protocol_part(ct: Conn, block: bytes, at: int, end: int, shift_ms: int)
         ct.last_win = fields[17]
         ct.last_scale = fields[18]
         ct.last_flags = fields[19]
-        ct.retrans = fields[20]
+        ct.retrans = fields[20] & 0xFF
         return at + TCP.size
     if isinstance(ct, SctpConn):
         if at + SCTP.size > end or not 1 <= ct.state <= SCTP_STATES:

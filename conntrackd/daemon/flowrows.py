@@ -24,13 +24,14 @@ from conntrackd.core.conn import Conn
 from conntrackd.core.expect import EXPECT_FLAG_NAMES, Expect
 from conntrackd.core.proto.sctp import STATE_NAMES as SCTP_STATE_NAMES
 from conntrackd.core.proto.sctp import SctpConn
-from conntrackd.core.proto.tcp import (
+from conntrackd.core.proto.tcp_conn import (
     FLAG_BE_LIBERAL,
     FLAG_CLOSE_INIT,
     FLAG_SACK_PERM,
     FLAG_WINDOW_SCALE,
     TcpConn,
     TcpPeer,
+    sides,
 )
 from conntrackd.core.proto.tcp_states import STATE_NAMES as TCP_STATE_NAMES
 from conntrackd.core.tuples import PROTOCOL_NAMES
@@ -88,7 +89,7 @@ def details(
         own_timeouts=ct.timeouts != 0,
         children=children,
         expected=[expectation(expect, now_ms) for expect in expected if expect.expires_ms > now_ms],
-        tcp=api.TcpDetails(_side(ct.original), _side(ct.replier)) if isinstance(ct, TcpConn) else msgspec.UNSET,
+        tcp=api.TcpDetails(*map(_side, sides(ct))) if isinstance(ct, TcpConn) else msgspec.UNSET,
     )
 
 

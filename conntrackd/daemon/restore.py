@@ -16,7 +16,7 @@ from conntrackd.core.account import Account
 from conntrackd.core.conn import Conn
 from conntrackd.core.expect import EXPECT_OK
 from conntrackd.core.helpers import HELPERS
-from conntrackd.core.proto.tcp import TcpConn, forget_windows
+from conntrackd.core.proto.tcp_conn import TcpConn, forget_windows
 from conntrackd.core.rows import ConnRow, read_conn, read_expect, row_end
 from conntrackd.daemon.links import Links
 from conntrackd.daemon.snapshot import (

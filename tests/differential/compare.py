@@ -19,7 +19,7 @@ from conntrackd.core.conntrack import confirm, conntrack_in, gc
 from conntrackd.core.net import Conntrack
 from conntrackd.core.proto.sctp import STATE_NAMES as SCTP_STATES
 from conntrackd.core.proto.sctp import SctpConn
-from conntrackd.core.proto.tcp import TcpConn
+from conntrackd.core.proto.tcp_conn import TcpConn, sides
 from conntrackd.core.proto.tcp_states import STATE_NAMES as TCP_STATES
 from conntrackd.core.proto.udp import UdpConn
 from tests.differential.generate.path import Conversation
@@ -208,7 +208,8 @@ def _difference(entry: Entry, ct: Conn, now: int) -> str:
 def _inner(ct: Conn) -> tuple[int, ...]:
     """What ctnetlink would tell of our connection's protocol."""
     if isinstance(ct, TcpConn):
-        return ct.original.scale, ct.replier.scale, ct.original.flags, ct.replier.flags
+        original, replier = sides(ct)
+        return original.scale, replier.scale, original.flags, replier.flags
     if isinstance(ct, SctpConn):
         return tuple(ct.vtag)
     return ()

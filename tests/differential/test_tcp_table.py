@@ -75,3 +75,11 @@ def test_cell(twin: Twin, side: int, name: str, state: str, family: int) -> None
     for step, flags in [*PATHS[state], (SIDES[side], FLAGS[name])]:
         answer = twin.forward(step, talk.segment(step, flags), talk.keys)
         assert isinstance(answer, int), f"kernel and core differ in {answer}"
+
+
+def test_retransmissions_are_counted_in_one_byte(twin: Twin) -> None:
+    """The 256th begins anew, and the connection lives longer again until it has been retransmitted often enough."""
+    talk = Talk(len(CELLS) + 1, 4)
+    for step, flags in [*OPEN, *[(CLIENT, ACK)] * 262]:
+        answer = twin.forward(step, talk.segment(step, flags), talk.keys)
+        assert isinstance(answer, int), f"kernel and core differ in {answer}"

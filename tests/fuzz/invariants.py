@@ -4,7 +4,7 @@ from conntrackd.const import CTINFO_NAMES, DROP, INVALID, IP_CT_UNTRACKED, IPS_A
 from conntrackd.core.conn import Conn
 from conntrackd.core.net import Conntrack
 from conntrackd.core.proto.sctp import SctpConn
-from conntrackd.core.proto.tcp import MASK, TcpConn
+from conntrackd.core.proto.tcp_conn import MASK, TcpConn, sides
 from conntrackd.core.sysctl import TIMEOUTS
 from conntrackd.core.table import Table, zone_key
 from conntrackd.hooks import DROPS_MAX, Firewall
@@ -81,7 +81,7 @@ def check_conn(net: Conntrack, ct: Conn) -> None:
     assert ct.packets_orig > 0 or ct.packets_reply > 0
     if isinstance(ct, TcpConn):
         assert 1 <= ct.state <= 9
-        for peer in (ct.original, ct.replier):
+        for peer in sides(ct):
             assert 0 <= peer.end <= MASK
             assert 0 <= peer.maxend <= MASK
             assert 0 <= peer.maxack <= MASK

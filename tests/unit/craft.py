@@ -11,7 +11,7 @@ from typing import Final
 from conntrackd.const import IPS_CONFIRMED, IPS_DYING, NF_ACCEPT
 from conntrackd.core.conn import Conn
 from conntrackd.core.conntrack import Conntrack, confirm, conntrack_in
-from conntrackd.core.proto.tcp import TcpConn
+from conntrackd.core.proto.tcp_conn import TcpConn
 from conntrackd.core.proto.tcp_states import STATE_NAMES
 from conntrackd.core.sysctl import Sysctl
 from conntrackd.core.tuples import get_tuple

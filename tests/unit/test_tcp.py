@@ -20,7 +20,8 @@ from conntrackd.const import (
     IPS_ASSURED,
     IPS_SEEN_REPLY,
 )
-from conntrackd.core.proto.tcp import FLAG_SACK_PERM, flags_valid
+from conntrackd.core.proto.tcp import flags_valid
+from conntrackd.core.proto.tcp_conn import FLAG_SACK_PERM, sides
 from tests.differential.packets import ACK, CWR, ECE, FIN, PSH, RST, SYN, URG
 from tests.unit.craft import CLIENT, SERVER, Talk, TcpTalk, ip, tcp
 
@@ -205,7 +206,7 @@ def test_windows_of_a_picked_up_connection_are_taken_as_they_come() -> None:
     talk = TcpTalk()
     talk.client(ACK, 1000, 2000, win=111)
     talk.server(ACK, 2000, 1000, win=222)
-    assert (talk.tcp().original.maxwin, talk.tcp().replier.maxwin) == (111, 222)
+    assert tuple(side.maxwin for side in sides(talk.tcp())) == (111, 222)
 
 
 def test_no_pick_up_unless_tcp_loose() -> None:
@@ -292,7 +293,7 @@ def test_window_is_scaled_by_at_most_14(shift: int, reach: int) -> None:
     talk.handshake(WIN, scale(14), scale(shift))
     talk.server(ACK, 1, 1, win=WIN)
     assert talk.client(ACK, 1 + reach, 1) == IP_CT_ESTABLISHED
-    assert talk.tcp().original.end == talk.client_isn + 1 + reach
+    assert sides(talk.tcp())[0].end == talk.client_isn + 1 + reach
     assert talk.client(ACK, 1 + 3 * reach, 1) == INVALID_TCP_WINDOW_ABOVE
 
 
@@ -306,7 +307,7 @@ def test_window_is_not_scaled_unless_both_sides_offered_it() -> None:
 def test_selective_acknowledgement_counts_if_it_was_permitted() -> None:
     talk = TcpTalk()
     talk.handshake(WIN, SACK_PERMITTED, SACK_PERMITTED)
-    assert talk.tcp().original.flags & FLAG_SACK_PERM
+    assert sides(talk.tcp())[0].flags & FLAG_SACK_PERM
     talk.client(ACK, 1, 1, data=bytes(100))
     isn = talk.client_isn
     assert talk.server(ACK, 1, 1, options=sack_block(isn, 51, 101)) == IP_CT_ESTABLISHED_REPLY
@@ -322,7 +323,7 @@ def test_selective_acknowledgement_is_not_read_unless_it_was_permitted() -> None
 def test_broken_options_offer_nothing(broken: bytes) -> None:
     talk = TcpTalk()
     assert talk.client(SYN, 0, options=broken.rjust(4, b"\x01")) == IP_CT_NEW
-    assert talk.tcp().original.scale == 0
+    assert sides(talk.tcp())[0].scale == 0
 
 
 def test_options_that_were_not_captured_offer_nothing() -> None:
@@ -438,10 +439,10 @@ def test_ignored_syn_that_is_answered_restarts_the_connection() -> None:
     assert talk.server(SYN | ACK, 700_000, 500_001, options=scale(3)) == IP_CT_ESTABLISHED_REPLY
     assert (talk.state(), talk.timeout()) == ("SYN_RECV", 60)
     assert talk.status(IPS_ASSURED)
-    assert talk.tcp().original.maxwin == 1234
+    assert sides(talk.tcp())[0].maxwin == 1234
     talk.client(ACK, 500_001, 700_001)
     assert (talk.state(), talk.timeout()) == ("ESTABLISHED", ESTABLISHED_SECONDS)
-    assert (talk.tcp().original.scale, talk.tcp().replier.scale) == (2, 3)
+    assert tuple(side.scale for side in sides(talk.tcp())) == (2, 3)
 
 
 def test_syn_ack_that_answers_no_ignored_syn_passes_without_effect() -> None:
@@ -665,4 +666,4 @@ def test_bytes_of_a_packet_that_was_not_captured_whole_are_counted_whole() -> No
     segment = tcp(ACK, talk.client_isn + 1, talk.server_isn + 1, data=bytes(1000))
     assert talk.send(segment[:60]) == IP_CT_ESTABLISHED
     assert talk.the().bytes_orig == 40 + 40 + 1040
-    assert talk.tcp().original.end == talk.client_isn + 1001
+    assert sides(talk.tcp())[0].end == talk.client_isn + 1001

@@ -16,7 +16,8 @@ from conntrackd.core.expect import ANY_PORT, EXPECT_OK, expect_from
 from conntrackd.core.helper import Help, Helper, Message, Policy
 from conntrackd.core.helpers.text import ipv6_at, is_digit
 from conntrackd.core.net import Conntrack
-from conntrackd.core.proto.tcp import MASK, before
+from conntrackd.core.proto.tcp import before
+from conntrackd.core.proto.tcp_conn import MASK
 from conntrackd.core.tuples import source
 from conntrackd.wire.fields import u32
 

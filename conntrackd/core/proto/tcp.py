@@ -11,7 +11,7 @@ may send (maxend, what the other side last allowed), and the largest window it h
 
 from typing import Final
 
-from mypy_extensions import i16, i32, mypyc_attr, u8
+from mypy_extensions import i64, u8
 
 from conntrackd.const import (
     CLOSED_FIN,
@@ -37,8 +37,23 @@ from conntrackd.const import (
     NF_ACCEPT,
     NF_REPEAT,
 )
-from conntrackd.core.conn import Conn, account, refresh
+from conntrackd.core.conn import account, refresh
 from conntrackd.core.net import Conntrack, settings_of
+from conntrackd.core.proto.tcp_conn import (
+    FLAG_BE_LIBERAL,
+    FLAG_CLOSE_INIT,
+    FLAG_DATA_UNACKNOWLEDGED,
+    FLAG_EXP_CHALLENGE_ACK,
+    FLAG_MAXACK_SET,
+    FLAG_SACK_PERM,
+    FLAG_SIMULTANEOUS_OPEN,
+    FLAG_WINDOW_SCALE,
+    MASK,
+    TcpConn,
+    TcpPeer,
+    pack,
+    unpack,
+)
 from conntrackd.core.proto.tcp_states import (
     ACK_SET,
     CLOSE,
@@ -65,7 +80,6 @@ from conntrackd.wire.checksum import checksum_ok
 from conntrackd.wire.fields import u16, u32
 
 HEADER: Final = 20
-MASK: Final = 0xFFFFFFFF
 
 # Flags (RFC 9293 3.1). PSH, ECE and CWR (RFC 3168) say nothing about the connection.
 FIN: Final = 0x01
@@ -83,16 +97,6 @@ OPT_SACK_PERMITTED: Final = 4
 OPT_SACK: Final = 5
 WINDOW_SCALE_MAX: Final = 14
 
-# TcpPeer.flags, TcpConn.last_flags [IP_CT_TCP_FLAG_*, IP_CT_EXP_CHALLENGE_ACK, IP_CT_TCP_SIMULTANEOUS_OPEN]
-FLAG_WINDOW_SCALE: Final = 0x01
-FLAG_SACK_PERM: Final = 0x02
-FLAG_CLOSE_INIT: Final = 0x04  # this side began to close
-FLAG_BE_LIBERAL: Final = 0x08  # window failures of this side are accepted
-FLAG_DATA_UNACKNOWLEDGED: Final = 0x10
-FLAG_MAXACK_SET: Final = 0x20
-FLAG_EXP_CHALLENGE_ACK: Final = 0x40
-FLAG_SIMULTANEOUS_OPEN: Final = 0x80
-
 # tcp_in_window's answer when the segment passes without moving anything; NF_ACCEPT and reasons besides.
 WINDOW_IGNORE: Final = 0
 
@@ -104,51 +108,14 @@ SYN_SENT2_TIMEOUT_MS: Final = 120_000
 HANDLE_INVALID_MIN_MS: Final = 120_000
 
 
-@mypyc_attr(acyclic=True)  # numbers only: nothing for the garbage collector
-class TcpPeer:
-    """What one side has sent and may send [struct ip_ct_tcp_state]. Sequence numbers modulo 2^32."""
+NO_CHALLENGE_ACK: Final[u8] = 0xFF ^ FLAG_EXP_CHALLENGE_ACK
 
-    def __init__(self) -> None:
-        self.end = 0  # highest sequence number sent, plus one
-        self.maxend = 0  # highest that the other side allowed, plus one
-        self.maxwin = 0  # largest window offered, in bytes; 0 = nothing seen of this side
-        self.maxack = 0  # highest acknowledgement sent, valid with FLAG_MAXACK_SET
-        self.scale: u8 = 0
-        self.flags: i16 = 0
+# The two sides of the connection whose segment is in hand.
+SENDER: Final = TcpPeer()
+RECEIVER: Final = TcpPeer()
 
 
-@mypyc_attr(acyclic=True)
-class TcpConn(Conn):
-    """A TCP connection [struct ip_ct_tcp]."""
-
-    def __init__(self, orig: bytes, reply: bytes, protonum: int, now_ms: int) -> None:
-        super().__init__(orig, reply, protonum, now_ms)
-        # The last segment that mattered, to recognise its retransmission or the answer to it. Compiled, its small
-        # numbers share words with those of Conn.
-        self.last_direction: u8 = IP_CT_DIR_ORIGINAL
-        self.last_index: u8 = NONE_SET
-        self.last_scale: u8 = 0
-        self.last_flags: i16 = 0
-        self.last_win: i32 = 0  # as on the wire, not scaled
-        self.retrans: i32 = 0
-        self.last_seq = 0
-        self.last_ack = 0
-        self.last_end = 0
-        self.original = TcpPeer()
-        self.replier = TcpPeer()
-
-
-def forget_windows(ct: TcpConn) -> None:
-    """Take the numbers as they come again, and judge mildly as after a pickup: packets have passed unseen."""
-    for peer in (ct.original, ct.replier):
-        peer.end = peer.maxend = peer.maxwin = peer.maxack = 0
-        peer.flags = peer.flags & (FLAG_WINDOW_SCALE | FLAG_SACK_PERM | FLAG_CLOSE_INIT) | FLAG_BE_LIBERAL
-    ct.last_index = NONE_SET
-    ct.last_flags = 0
-    ct.retrans = 0
-
-
-def before(a: int, b: int) -> bool:
+def before(a: i64, b: i64) -> bool:
     """Whether sequence number a comes before b."""
     return (a - b) & MASK > 0x7FFFFFFF
 
@@ -187,7 +154,7 @@ def tcp_error(data: bytes, dataoff: int, length: int, checksum: bool) -> int:
     return 0
 
 
-def segment_end(data: bytes, dataoff: int, length: int) -> int:
+def segment_end(data: bytes, dataoff: int, length: int) -> i64:
     """Sequence number after the segment: SYN and FIN count as a byte each [segment_seq_plus_len]."""
     flags = data[dataoff + 13]
     payload = length - dataoff - (data[dataoff + 12] >> 4 << 2)
@@ -222,7 +189,7 @@ def tcp_options(data: bytes, dataoff: int, peer: TcpPeer) -> None:
         at += size
 
 
-def tcp_sack(data: bytes, dataoff: int, sack: int) -> int:
+def tcp_sack(data: bytes, dataoff: int, sack: i64) -> i64:
     """Return the highest right edge of the SACK blocks, or `sack` if none is higher [tcp_sack]."""
     at = dataoff + HEADER
     stop = dataoff + (data[dataoff + 12] >> 4 << 2)
@@ -250,29 +217,28 @@ def tcp_sack(data: bytes, dataoff: int, sack: int) -> int:
     return sack
 
 
-def tcp_new(sysctl: Sysctl, ct: TcpConn, data: bytes, dataoff: int, length: int) -> int:
+def tcp_new(sysctl: Sysctl, sender: TcpPeer, receiver: TcpPeer, data: bytes, dataoff: int, length: int) -> int:
     """Begin a connection with its first segment [tcp_new]; returns an INVALID reason, or 0."""
     state = next_state(IP_CT_DIR_ORIGINAL, segment_class(data[dataoff + 13]), NONE)
     if state == INVALID:
         return INVALID_TCP_NEW
-    peer = ct.original
-    peer.end = segment_end(data, dataoff, length)
-    peer.maxwin = u16(data, dataoff + 14) or 1
+    sender.end = segment_end(data, dataoff, length)
+    sender.maxwin = u16(data, dataoff + 14) or 1
     if state == SYN_SENT:
-        peer.maxend = peer.end
-        tcp_options(data, dataoff, peer)
+        sender.maxend = sender.end
+        tcp_options(data, dataoff, sender)
     else:
         if not sysctl.tcp_loose:
             return INVALID_TCP_PICKUP_OFF
         # In the middle of a connection: its scaling and SACK are lost on us, so assume them and judge mildly.
-        peer.maxend = (peer.end + peer.maxwin) & MASK
-        peer.flags = FLAG_SACK_PERM | FLAG_BE_LIBERAL
-        ct.replier.flags = FLAG_SACK_PERM | FLAG_BE_LIBERAL
+        sender.maxend = (sender.end + sender.maxwin) & MASK
+        sender.flags = FLAG_SACK_PERM | FLAG_BE_LIBERAL
+        receiver.flags = FLAG_SACK_PERM | FLAG_BE_LIBERAL
     return 0
 
 
 def init_sender(
-    sender: TcpPeer, receiver: TcpPeer, data: bytes, dataoff: int, end: int, window: int, direction: int
+    sender: TcpPeer, receiver: TcpPeer, data: bytes, dataoff: int, end: i64, window: i64, direction: int
 ) -> None:
     """Learn a side from its SYN or SYN/ACK [tcp_init_sender]."""
     sender.end = end
@@ -285,28 +251,26 @@ def init_sender(
         receiver.scale = 0
 
 
-def scaled(window: int, sender: TcpPeer) -> int:
-    """Scale a window by what its sender has offered (RFC 7323 2.3)."""
-    scale: int = sender.scale  # compiled, an operation with an u8 would give an u8
-    return window << scale
-
-
 def tcp_in_window(
-    sysctl: Sysctl, ct: TcpConn, direction: int, index: int, data: bytes, dataoff: int, length: int
+    sysctl: Sysctl,
+    ct: TcpConn,
+    sender: TcpPeer,
+    receiver: TcpPeer,
+    direction: int,
+    index: int,
+    data: bytes,
+    dataoff: int,
+    length: int,
 ) -> int:
     """Check a segment against what both sides have sent and allowed, and learn from it [tcp_in_window].
 
     Returns NF_ACCEPT, WINDOW_IGNORE, or an INVALID reason.
     """
-    if direction == IP_CT_DIR_ORIGINAL:
-        sender, receiver = ct.original, ct.replier
-    else:
-        sender, receiver = ct.replier, ct.original
     flags = data[dataoff + 13]
-    seq = u32(data, dataoff + 4)
-    ack = u32(data, dataoff + 8)
+    seq: i64 = u32(data, dataoff + 4)
+    ack: i64 = u32(data, dataoff + 8)
     raw_window = u16(data, dataoff + 14)
-    window = raw_window
+    window: i64 = raw_window
     end = segment_end(data, dataoff, length)
     sack = ack
     if receiver.flags & FLAG_SACK_PERM and data[dataoff + 12] >> 4 > 5:
@@ -319,7 +283,7 @@ def tcp_in_window(
                 return NF_ACCEPT
         else:  # the middle of a connection: take the numbers as they come
             sender.end = end
-            sender.maxwin = scaled(window, sender) or 1
+            sender.maxwin = window << sender.scale or 1
             sender.maxend = (end + sender.maxwin) & MASK
             if receiver.maxwin == 0:
                 # Nothing seen of the other side either: let the acknowledgement pass until there is.
@@ -369,7 +333,7 @@ def tcp_in_window(
         return NF_ACCEPT if liberal else WINDOW_IGNORE
 
     if not flags & SYN:  # the window of a SYN is never scaled (RFC 7323 2.2)
-        window = scaled(window, sender)
+        window = window << sender.scale
     offered = (window + sack - ack) & MASK
     if sender.maxwin < offered:
         sender.maxwin = offered
@@ -398,7 +362,7 @@ def tcp_in_window(
             and ct.last_end == end
             and ct.last_win == raw_window
         ):
-            ct.retrans += 1
+            ct.retrans = ct.retrans + 1 & 0xFF
         else:
             ct.last_direction = direction
             ct.last_seq = seq
@@ -456,17 +420,14 @@ def ending(state: int) -> int:
     return CLOSED_RST if state == CLOSE else 0
 
 
-def resync(ct: TcpConn) -> None:
+def resync(ct: TcpConn, opener: TcpPeer, answerer: TcpPeer) -> None:
     """Restart from a SYN that was ignored and is now answered: both sides were in step, we were not."""
-    if ct.last_direction == IP_CT_DIR_ORIGINAL:
-        opener, answerer = ct.original, ct.replier
-    else:
-        opener, answerer = ct.replier, ct.original
     opener.end = ct.last_end
     opener.maxend = ct.last_end
-    opener.maxwin = ct.last_win or 1
+    window: int = ct.last_win
+    opener.maxwin = window or 1
     opener.scale = ct.last_scale
-    ct.last_flags &= ~FLAG_EXP_CHALLENGE_ACK
+    ct.last_flags &= NO_CHALLENGE_ACK
     opener.flags = ct.last_flags
     answerer.end = 0
     answerer.maxend = 0
@@ -501,22 +462,21 @@ RESET_SKIPS_WINDOW: Final = 0x10
 RESET_INVALID: Final = -1
 
 
-def reset_state(sysctl: Sysctl, ct: TcpConn, direction: int, data: bytes, dataoff: int) -> int:
+def reset_state(sysctl: Sysctl, ct: TcpConn, receiver: TcpPeer, direction: int, data: bytes, dataoff: int) -> int:
     """Decide what a RST does (RFC 9293 3.10.7, RFC 5961 3): the state it leads to, or RESET_INVALID."""
     state = ct.state
     # Closing already: the ports may be in use again, and the numbers we know are the old connection's.
     if state == FIN_WAIT or state == CLOSE_WAIT or state == LAST_ACK or state == TIME_WAIT or state == CLOSE:
         return CLOSE | RESET_SKIPS_WINDOW
-    other = ct.replier if direction == IP_CT_DIR_ORIGINAL else ct.original
     # The highest acknowledgement means nothing after a SYN that was let through.
-    if other.flags & FLAG_MAXACK_SET and ct.last_index != SYN_SET:
+    if receiver.flags & FLAG_MAXACK_SET and ct.last_index != SYN_SET:
         established = state == ESTABLISHED and ct.status & IPS_ASSURED
         seq = u32(data, dataoff + 4)
         if seq == 0 and not established:
             return CLOSE  # likely the answer to a SYN
-        if before(seq, other.maxack) and not sysctl.tcp_ignore_invalid_rst:
+        if before(seq, receiver.maxack) and not sysctl.tcp_ignore_invalid_rst:
             return RESET_INVALID
-        if established and seq != other.maxack:
+        if established and seq != receiver.maxack:
             if ct.last_index == ACK_SET and ct.last_direction == direction and seq == ct.last_end:
                 return CLOSE  # a train: the RST follows the sender's last data
             # In the window but not exact: the receiver answers with a challenge ACK and the connection goes on.
@@ -540,16 +500,14 @@ def reset_state(sysctl: Sysctl, ct: TcpConn, direction: int, data: bytes, dataof
     return CLOSE
 
 
-def choose_timeout(sysctl: Sysctl, ct: TcpConn, index: int, state: int) -> int:
+def choose_timeout(sysctl: Sysctl, ct: TcpConn, flags_of_both: int, index: int, state: int) -> int:
     """Choose the timeout after an accepted segment, in ms."""
     timeout = state_timeout(sysctl, state)
     if ct.retrans >= sysctl.tcp_max_retrans and timeout > sysctl.tcp_timeout_max_retrans:
         return sysctl.tcp_timeout_max_retrans
     if index == RST_SET:
         return sysctl.tcp_timeout_close
-    if (
-        ct.original.flags | ct.replier.flags
-    ) & FLAG_DATA_UNACKNOWLEDGED and timeout > sysctl.tcp_timeout_unacknowledged:
+    if flags_of_both & FLAG_DATA_UNACKNOWLEDGED and timeout > sysctl.tcp_timeout_unacknowledged:
         return sysctl.tcp_timeout_unacknowledged
     if ct.last_win == 0 and timeout > sysctl.tcp_timeout_max_retrans:
         return sysctl.tcp_timeout_max_retrans
@@ -571,12 +529,31 @@ def tcp_packet(
     Returns NF_ACCEPT, NF_REPEAT (the connection was closed and is reopened: it is gone, look again), or an INVALID
     reason.
     """
-    sysctl = settings_of(net, ct)
     reason = tcp_error(data, dataoff, length, checksum)
     if reason:
         return reason
+    sender, receiver = SENDER, RECEIVER
+    unpack(ct, direction, sender, receiver)
+    verdict = tcp_segment(net, ct, sender, receiver, data, dataoff, length, direction, now_ms)
+    pack(ct, direction, sender, receiver)
+    return verdict
+
+
+def tcp_segment(
+    net: Conntrack,
+    ct: TcpConn,
+    sender: TcpPeer,
+    receiver: TcpPeer,
+    data: bytes,
+    dataoff: int,
+    length: int,
+    direction: int,
+    now_ms: int,
+) -> int:
+    """Track a segment whose header is in order, and whose sides are unpacked; returns what `tcp_packet` returns."""
+    sysctl = settings_of(net, ct)
     if not ct.status & IPS_CONFIRMED and ct.state == NONE:
-        reason = tcp_new(sysctl, ct, data, dataoff, length)
+        reason = tcp_new(sysctl, sender, receiver, data, dataoff, length)
         if reason:
             return reason
 
@@ -587,7 +564,7 @@ def tcp_packet(
     if new_state == SYN_SENT and old_state >= TIME_WAIT:
         # "it MAY accept a new SYN from the remote TCP to reopen the connection directly from TIME-WAIT" (RFC 9293
         # 3.6.1), if it was closed in order or aborted by the side that comes back.
-        if (ct.original.flags | ct.replier.flags) & FLAG_CLOSE_INIT or (
+        if (sender.flags | receiver.flags) & FLAG_CLOSE_INIT or (
             ct.last_direction == direction and ct.last_index == RST_SET
         ):
             net.table.expire(ct, now_ms)
@@ -600,7 +577,7 @@ def tcp_packet(
             and ct.last_direction != direction
             and u32(data, dataoff + 8) == ct.last_end
         ):
-            resync(ct)
+            resync(ct, receiver, sender)
             old_state = SYN_SENT
             new_state = SYN_RECV
         else:
@@ -616,7 +593,7 @@ def tcp_packet(
             and ct.last_index == SYN_SET
             and ct.last_flags & FLAG_EXP_CHALLENGE_ACK
         ):
-            ct.last_flags &= ~FLAG_EXP_CHALLENGE_ACK
+            ct.last_flags &= NO_CHALLENGE_ACK
             return NF_ACCEPT  # a challenge ACK acknowledges no FIN (RFC 5961 4)
     elif new_state == SYN_SENT2:
         ct.last_flags |= FLAG_SIMULTANEOUS_OPEN  # the table can't remember it once in SYN_RECV
@@ -626,13 +603,13 @@ def tcp_packet(
 
     in_window = False
     if new_state == CLOSE and index == RST_SET:
-        new_state = reset_state(sysctl, ct, direction, data, dataoff)
+        new_state = reset_state(sysctl, ct, receiver, direction, data, dataoff)
         if new_state == RESET_INVALID:
             return INVALID_TCP_RST
         in_window = new_state & RESET_SKIPS_WINDOW != 0
         new_state &= ~RESET_SKIPS_WINDOW
     if not in_window:
-        result = tcp_in_window(sysctl, ct, direction, index, data, dataoff, length)
+        result = tcp_in_window(sysctl, ct, sender, receiver, direction, index, data, dataoff, length)
         if result == WINDOW_IGNORE:
             return NF_ACCEPT
         if result != NF_ACCEPT:
@@ -647,12 +624,9 @@ def tcp_packet(
         net.cached |= IPCT_PROTOINFO
         ct.ending = ending(new_state)
         if new_state == FIN_WAIT:
-            if direction == IP_CT_DIR_ORIGINAL:
-                ct.original.flags |= FLAG_CLOSE_INIT
-            else:
-                ct.replier.flags |= FLAG_CLOSE_INIT
+            sender.flags |= FLAG_CLOSE_INIT
 
-    timeout = choose_timeout(sysctl, ct, index, new_state)
+    timeout = choose_timeout(sysctl, ct, sender.flags | receiver.flags, index, new_state)
     if not ct.status & IPS_SEEN_REPLY:
         if index == RST_SET:
             # Refused, or given up before anything came of it.
