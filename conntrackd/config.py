@@ -36,7 +36,7 @@ from conntrackd import values
 from conntrackd.configfiles import Files, SourceFile, read
 from conntrackd.const import IPPROTO_TCP, LABELS_MAX
 from conntrackd.core.helpers import HELPERS
-from conntrackd.core.sysctl import NUMBERS, TIMEOUTS, Sysctl
+from conntrackd.core.sysctl import BYTES, NUMBERS, TIMEOUTS, Sysctl
 from conntrackd.core.tuples import PROTOCOL_NAMES
 from conntrackd.mistakes import ConfigError, ConfigErrors, any_of, mistake, nearest, shown
 from conntrackd.tomlplaces import Span
@@ -237,6 +237,7 @@ class OneOrMany:
 Listed = OneOrMany()
 NotEmpty = Field(min_length=1)
 U32 = Annotated[int, Field(ge=0, le=0xFFFFFFFF)]
+U8 = Annotated[int, Field(ge=0, le=0xFF)]
 Name = Annotated[str, AfterValidator(_name)]
 Time = Annotated[int, PlainValidator(values.time, json_schema_input_type=int | str)]
 RateField = Annotated[Rate, PlainValidator(values.rate, json_schema_input_type=str)]
@@ -491,7 +492,8 @@ def _sysctl_fields(names: Sequence[str]) -> dict[str, Any]:
             check, kind = values.timeout, int | str
         elif default in (0, 1) and name not in NUMBERS:
             check, kind = _switch, bool | int
-        typed = Annotated[int, PlainValidator(check, json_schema_input_type=kind)] if check else U32
+        number = U8 if name in BYTES else U32
+        typed = Annotated[int, PlainValidator(check, json_schema_input_type=kind)] if check else number
         fields[name] = (typed, default)
     return fields
 

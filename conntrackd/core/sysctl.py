@@ -64,3 +64,5 @@ SETTINGS: Final = tuple(name for name in dir(Sysctl()) if not name.startswith("_
 TIMEOUTS: Final = frozenset(name for name in SETTINGS if "timeout" in name)
 # Numbers that are off by default; any other setting that is 0 or 1 by default is a switch.
 NUMBERS: Final = frozenset(("max_per_source", "max_per_zone", "zone_mark_mask"))
+# Numbers of one byte, as in the kernel; what it counts with them, begins anew after 255.
+BYTES: Final = frozenset(("tcp_max_retrans",))
