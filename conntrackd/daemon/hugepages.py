@@ -1,7 +1,7 @@
 """Memory in huge pages: with many connections the walk through the page tables takes longer than what it leads to.
 
 Python takes memory in pieces of one megabyte, too small for a page of two when they are first written to. So what has
-grown is collapsed into huge pages now and then, in a thread, one page per system call; Python goes on meanwhile. A small
+grown is collapsed into huge pages now and then, in a thread, a page per system call; Python goes on meanwhile. A small
 table never gets here, and where the administrator has set /sys/kernel/mm/transparent_hugepage/enabled to `never`,
 nothing is done.
 
