@@ -2,9 +2,8 @@
 
 import os
 from ipaddress import ip_address
-from socket import if_nameindex
+from socket import AF_INET, AF_INET6, if_nameindex
 
-from conntrackd import rtnetlink
 from conntrackd.config import Config
 from conntrackd.const import IPPROTO_TCP
 from conntrackd.mistakes import ConfigError, any_of
@@ -217,10 +216,23 @@ def cuts_ssh(config: Config) -> str:
     ruleset = compile_ruleset(config, 1)
     ruleset.set_links(dict(if_nameindex()))
     tuple_ = bytes((IPPROTO_TCP,)) + client.packed + server.packed + ports
-    rule = decide(ruleset, NEW, tuple_, rtnetlink.way_to(client.packed) or -1, 0, 0)
+    rule = decide(ruleset, NEW, tuple_, _way_to(str(client), client.version == 6), 0, 0)
     if rule.accept:
         return ""
     return (
         f"This would cut the SSH connection that you are on, from {client} to {server} port {words[3]}: "
         f"{rule.name} would not let it in again."
     )
+
+
+def _way_to(address: str, ipv6: bool) -> int:
+    """Ask the kernel by which interface packets of an address come, supposing that they come as they go."""
+    from pyroute2 import IPRoute
+    from pyroute2.netlink.exceptions import NetlinkError
+
+    try:
+        with IPRoute() as ipr:
+            (route,) = ipr.route("get", dst=address, family=AF_INET6 if ipv6 else AF_INET)
+    except (NetlinkError, ValueError):
+        return -1
+    return int(route.get("oif") or -1)

@@ -1,14 +1,18 @@
 """Network interfaces: index and name, broadcast addresses, and their changes while the daemon runs."""
 
-import os
 import socket
+import struct
 from typing import Final
 
-from conntrackd import rtnetlink
+from pyroute2.netlink.rtnl import RTM_DELADDR, RTM_DELLINK, RTM_GETADDR, RTM_NEWADDR, RTM_NEWLINK
+from pyroute2.netlink.rtnl.marshal import MarshalRtnl
 
 RTMGRP_LINK: Final = 0x1
 RTMGRP_IPV4_IFADDR: Final = 0x10
+NLM_F_REQUEST_DUMP: Final = 0x301
+NLMSG_DONE: Final = 3
 IFA_F_SECONDARY: Final = 1
+BUFFER: Final = 1 << 16
 FIRST_ABSENT: Final = 1 << 30
 ABSENT_MAX: Final = 1024
 
@@ -17,6 +21,7 @@ class Links:
     """The interfaces of this network namespace: `names` by index, and `broadcasts`, masks by broadcast address."""
 
     def __init__(self) -> None:
+        self._marshal = MarshalRtnl()
         self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
         self._asker = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, socket.NETLINK_ROUTE)
         self._socket.setblocking(False)
@@ -44,7 +49,7 @@ class Links:
     def read(self) -> bool:
         """Take in one message of changes, never waiting; return whether `names` is another than before."""
         try:
-            data = self._socket.recv(rtnetlink.BUFFER)
+            data = self._socket.recv(BUFFER)
         except BlockingIOError:
             return False
         except OSError:
@@ -53,20 +58,17 @@ class Links:
             self.broadcasts = self._read_broadcasts()
             return self.names != before
         changed = False
-        for kind, begin, attributes in rtnetlink.messages(data):
-            if kind in (rtnetlink.RTM_NEWADDR, rtnetlink.RTM_DELADDR):
+        for message in self._marshal.parse(data):
+            if message["header"]["type"] in (RTM_NEWADDR, RTM_DELADDR):
                 self.broadcasts = self._read_broadcasts()
                 continue
-            if kind not in (rtnetlink.RTM_NEWLINK, rtnetlink.RTM_DELLINK):
-                continue
-            family, _, index, _, _ = begin
             # A bridge speaks of its ports as links of family AF_BRIDGE; leaving it does not end the link.
-            if family != socket.AF_UNSPEC:
+            if message["family"] != socket.AF_UNSPEC:
                 continue
-            name = os.fsdecode(attributes.get(rtnetlink.IFLA_IFNAME, b"").rstrip(b"\0"))
-            if kind == rtnetlink.RTM_DELLINK:
+            index, name = message["index"], message.get("ifname")
+            if message["header"]["type"] == RTM_DELLINK:
                 changed |= self.names.pop(index, None) is not None
-            elif name and self.names.get(index) != name:
+            elif message["header"]["type"] == RTM_NEWLINK and self.names.get(index) != name:
                 self.names[index] = name
                 changed = True
         return changed
@@ -78,18 +80,16 @@ class Links:
     def _read_broadcasts(self) -> dict[bytes, bytes]:
         """Ask for all IPv4 addresses: the mask of the network of each that has a broadcast address."""
         broadcasts: dict[bytes, bytes] = {}
-        body = rtnetlink.ADDRESS.pack(socket.AF_INET, 0, 0, 0, 0)
-        self._asker.sendto(rtnetlink.request(rtnetlink.RTM_GETADDR, rtnetlink.NLM_F_DUMP, body), (0, 0))
+        ask = struct.pack("=IHHIIB3xI", 24, RTM_GETADDR, NLM_F_REQUEST_DUMP, 0, 0, socket.AF_INET, 0)
+        self._asker.sendto(ask, (0, 0))
         while True:
-            for kind, begin, attributes in rtnetlink.messages(self._asker.recv(rtnetlink.BUFFER)):
-                if kind == rtnetlink.NLMSG_DONE:
+            for message in self._marshal.parse(self._asker.recv(BUFFER)):
+                if message["header"]["type"] == NLMSG_DONE:
                     return broadcasts
-                address = attributes.get(rtnetlink.IFA_BROADCAST)
-                if kind == rtnetlink.RTM_NEWADDR and address is not None:
-                    _, length, flags, _, _ = begin
-                    if not flags & IFA_F_SECONDARY:
-                        mask = 0xFFFFFFFF << (32 - length) & 0xFFFFFFFF
-                        broadcasts[address] = mask.to_bytes(4, "big")
+                address = message.get("broadcast")
+                if address is not None and not message["flags"] & IFA_F_SECONDARY:
+                    mask = 0xFFFFFFFF << (32 - message["prefixlen"]) & 0xFFFFFFFF
+                    broadcasts[socket.inet_aton(address)] = mask.to_bytes(4, "big")
 
     def close(self) -> None:
         """Stop listening."""

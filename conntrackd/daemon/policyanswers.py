@@ -3,12 +3,15 @@
 import time
 from collections.abc import Iterator
 from ipaddress import IPv4Address, IPv6Address, ip_address
+from socket import AF_INET, AF_INET6
 from typing import Final
 
 import msgspec
 import structlog
+from pyroute2 import IPRoute
+from pyroute2.netlink.exceptions import NetlinkError
 
-from conntrackd import api, rtnetlink, values
+from conntrackd import api, values
 from conntrackd.daemon.control import Asked, arguments
 from conntrackd.daemon.links import Links
 from conntrackd.hooks import Firewall
@@ -18,6 +21,7 @@ from conntrackd.policy.ruleset import ACCEPT, ACTION_NAMES
 from conntrackd.policy.sets import CONFIGURED, FOR_EVER, AddressSet
 
 FLOWS_AT_ONCE: Final = 1000
+RTN_LOCAL: Final = 2
 
 log = structlog.get_logger()
 
@@ -170,8 +174,12 @@ def _hint(word: str, options: list[str]) -> str:
 
 def _route(address: bytes, way: str) -> int:
     """Ask the kernel where it would send to an address: the interface's index, 0 for the router itself."""
-    index = rtnetlink.way_to(address)
-    if index is None:
-        text = str(ip_address(address))
-        raise api.RequestError(f"The router has no route to {text}: add `{way} ZONE` or `{way} INTERFACE`.")
-    return index
+    text = str(ip_address(address))
+    try:
+        with IPRoute() as ipr:
+            (route,) = ipr.route("get", dst=text, family=AF_INET6 if len(address) == 16 else AF_INET)
+    except (NetlinkError, ValueError):
+        raise api.RequestError(f"The router has no route to {text}: add `{way} ZONE` or `{way} INTERFACE`.") from None
+    if route["type"] == RTN_LOCAL:
+        return 0
+    return int(route.get("oif") or 0)
