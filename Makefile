@@ -8,7 +8,7 @@ SERVERS := build/servers/.done
 TOOLS  := $(VENV)/.installed-tools
 
 .DEFAULT_GOAL := help
-.PHONY: help setup servers compile demo install uninstall deb test-deb bench bench-policy bench-table profile test test-unit test-compiled bench-flows bench-snapshot screenshots man soak soak-flood soak-restart soak-stop soak-kill test-life test-differential fuzz check lock clean
+.PHONY: help setup servers compile demo install uninstall deb test-deb bench bench-policy bench-table profile test test-unit test-compiled bench-flows bench-handover bench-snapshot screenshots man soak soak-flood soak-restart soak-stop soak-kill test-life test-differential fuzz check lock clean
 
 help: ## show this list
 	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-18s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -154,6 +154,9 @@ bench-table: compile $(BENCH) ## the table at a million connections (CONNECTIONS
 
 bench-flows: compile $(BENCH) ## listing 200,000 flows while 5,000 packets a second go through (FLOWS=200000 OUT=DIR)
 	@$(BIN)/python -m benchmarks.flows $(if $(FLOWS),--flows $(FLOWS)) $(if $(OUT),--out $(OUT))
+
+bench-handover: compile $(BENCH) ## how long packets wait for a restart, with up to a million connections (FLOWS="1000 100000")
+	@$(BIN)/python -m benchmarks.handover $(if $(FLOWS),--flows $(FLOWS))
 
 bench-snapshot: compile $(BENCH) ## what a snapshot and a restore of many connections cost the loop (CONNECTIONS="200000 1000000" PURE=1)
 	@$(BIN)/python -m benchmarks.snapshot $(if $(CONNECTIONS),--connections $(CONNECTIONS)) $(if $(PURE),--core compiled --core pure)

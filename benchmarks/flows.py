@@ -34,7 +34,7 @@ RESULTS: Final = ROOT / "benchmarks" / "results"
 RATE: Final = 5000
 Turn = tuple[int, int, int]  # its end, its length on the wall and of the processor, ns
 
-PORTS: Final = 2000  # per address
+PORTS: Final = 50_000  # per address
 NETWORK: Final = "198.51.100.0/24"  # nobody is there: what is sent there ends at the server without an answer
 BURST: Final = 100
 BURST_PAUSE_S: Final = 0.004

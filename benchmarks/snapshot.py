@@ -19,10 +19,11 @@ from benchmarks.table import START_MS, open_connection, tracker
 from conntrackd import config
 from conntrackd.core import compiled
 from conntrackd.daemon.generations import Generations
-from conntrackd.daemon.handover import state_in_memory
+from conntrackd.daemon.handover import in_memory
 from conntrackd.daemon.hugepages import resident
 from conntrackd.daemon.links import Links
 from conntrackd.daemon.notify import Notify
+from conntrackd.daemon.restore import nothing
 from conntrackd.daemon.state import State
 from conntrackd.hooks import Firewall
 from conntrackd.policy.compile import compile as compile_ruleset
@@ -72,7 +73,7 @@ def measure(connections: int, directory: str) -> None:
     assert (status.taken, status.flows) == (1, connections)
     grown = resident() - before
     begun = time.perf_counter()
-    with state_in_memory(state, exact=True):
+    with in_memory(state.freezing(exact=True).pieces(unconfirmed=True), nothing):
         memory_s = time.perf_counter() - begun
     state.close()
     after = firewall(conf, connections * 2)

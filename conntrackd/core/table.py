@@ -56,6 +56,7 @@ GC_HORIZON_MS: Final = 300_000
 GC_SLICE: Final = 512  # connections looked at in one turn
 GC_PAUSE_MS: Final = 1_000
 
+EVER_MS: Final = -(1 << 60)  # before anything; a connection of before this boot has a time below 0
 SCALE_BITS: Final = 10
 UNSCALED: Final = 1 << SCALE_BITS
 EMERGENCY_ENDS_PERCENT: Final = 90
@@ -116,14 +117,15 @@ class Table:
         hashed: i64 = hash(key)
         return self.shards[(hashed >> SHARD_SHIFT) & (SHARDS - 1)]
 
-    def connections(self) -> "Iterator[Conn]":
+    def connections(self, since_ms: int = EVER_MS) -> "Iterator[Conn]":
         """Go through all connections, expired ones too, each that is there all the time exactly once.
 
-        The table may change meanwhile: what is copied at a time is one shard.
+        With `since_ms`, only through those that had a packet then or later. The table may change meanwhile: what is
+        copied at a time is one shard.
         """
         for shard in self.shards:
             for key, ct in list(shard.items()):
-                if key == zone_key(ct.zone, ct.orig) and not ct.status & IPS_DYING:
+                if ct.seen_ms >= since_ms and key == zone_key(ct.zone, ct.orig) and not ct.status & IPS_DYING:
                     yield ct
 
     def insert(self, ct: Conn, now_ms: int, labels: int = 0) -> None:

@@ -53,6 +53,10 @@ class Answerer:
             # A machine without IPv6 has no socket for it, and no packet either.
             log.warning("reject_cannot_answer", error=error.strerror, need="CAP_NET_RAW and CAP_NET_ADMIN")
 
+    def fds(self) -> list[int]:
+        """The descriptors of the sockets."""
+        return [sock.fileno() for sock in self._sockets.values()]
+
     def send(self, answers: list[Answer]) -> None:
         """Send and forget."""
         for answer in answers:

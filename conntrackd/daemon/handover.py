@@ -7,7 +7,8 @@ as many as `queue.max_length`; whoever reads next judges them. There are two way
   a process of its own (`run --rehearse`), so that a program or a configuration that can't start replaces nothing.
 - the service manager keeps them (notify.py) while one process ends and the next one begins, also after a crash.
 
-Either way the state goes along in memory, in the form of a snapshot.
+Either way the state goes along in memory, in the form of a snapshot. While a process becomes the new program packets
+need not wait: a deputy judges them (deputy.py).
 """
 
 import os
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import BinaryIO, Final
 
 import structlog
@@ -24,7 +25,6 @@ import structlog
 from conntrackd import api
 from conntrackd.daemon import notify
 from conntrackd.daemon.control import Asked
-from conntrackd.daemon.state import State
 
 ENV: Final = "CONNTRACKD_HANDOVER"  # NAME=DESCRIPTOR ...
 REHEARSE: Final = "--rehearse"
@@ -34,6 +34,8 @@ HELD_BACK: Final = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR2
 STATE: Final = "state"
 LISTENER: Final = "control"
 LOCK: Final = "lock"
+DEPUTY: Final = "deputy"
+DEPUTY_PROCESS: Final = "deputy-process"
 
 REHEARSAL_S: Final = 60.0
 FAREWELL_MS: Final = 1000  # how long clients have to take their answers
@@ -64,11 +66,12 @@ def accept_signals() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, HELD_BACK)
 
 
-def state_in_memory(state: State, exact: bool) -> BinaryIO:
-    """Write a snapshot of now into memory that can be handed over; `exact` as for `State.freezing`."""
+def in_memory(pieces: Iterable[bytes], progress: Callable[[], None]) -> BinaryIO:
+    """Write a snapshot into memory that can be handed over; `progress` is called again and again meanwhile."""
     file = os.fdopen(os.memfd_create("conntrackd-state", os.MFD_CLOEXEC), "wb")
-    for piece in state.freezing(exact).pieces(unconfirmed=True):
+    for piece in pieces:
         file.write(piece)
+        progress()
     file.flush()
     return file
 

@@ -27,6 +27,10 @@ class Sink:
         self._fd = fd
         self._lines: SimpleQueue[str | threading.Event] = SimpleQueue()
         self._torn = False  # a line was written in part
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin to write; a forked process has to begin anew, for it has none of its parent's threads."""
         threading.Thread(target=self._work, name="log", daemon=True).start()
 
     def msg(self, line: str) -> None:

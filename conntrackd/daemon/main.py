@@ -32,6 +32,7 @@ from conntrackd.daemon.answerer import Answerer
 from conntrackd.daemon.answers import Answers
 from conntrackd.daemon.coalescing import Coalescing
 from conntrackd.daemon.control import Asked, Control, ControlError
+from conntrackd.daemon.deputy import Deputy, appoint, keep_only, serve
 from conntrackd.daemon.dropanswers import DropAnswers
 from conntrackd.daemon.exporter import Exporter, ExporterError
 from conntrackd.daemon.faults import Faults
@@ -115,6 +116,7 @@ class Daemon:
         self._failed = False
         self._config = config
         self._wrap_answer = parts.answer
+        self._fork = parts.fork
         self._sink = sink
         self._notify = Notify()
         self._starting: RulesJob | None = None
@@ -145,7 +147,7 @@ class Daemon:
         self._faults.watch("rules_repaired", lambda: self._rules.repaired)
         self._faults.watch("rules_watch_failed", lambda: self._rules.failed)
         self._answers = Answers(fw, self._links, queues, self._faults, now_ms)
-        self._state = State(config, fw, self._links, self._generations, now_ms, parts.write_disk)
+        self._state = State(config, fw, self._links, self._generations, now_ms, parts.write_disk, self._notify.progress)
         self._flow_answers = FlowAnswers(fw, self._links)
         self._health = health = Health(fw, queues, self._generations, now_ms)
         health.sources += [self._state.problems, self._faults.problems, self._rules.problems]
@@ -194,9 +196,11 @@ class Daemon:
             self._export(endpoint(self._config.metrics.listen))
         self._state.now_ms = self._generations.now_ms = self._clock.now_ms()
         self._state.open()
-        state = heirlooms.pop(handover.STATE, -1)
+        state, deputy = heirlooms.pop(handover.STATE, -1), heirlooms.pop(handover.DEPUTY, -1)
+        complete = state >= 0
         if state >= 0:
-            self._state.inherit(state)
+            stands_in = Deputy(deputy, heirlooms.pop(handover.DEPUTY_PROCESS)) if deputy >= 0 else None
+            complete = self._state.inherit(state, stands_in)
             self._notify.forget(handover.STATE)
         else:
             self._state.restore()
@@ -210,7 +214,7 @@ class Daemon:
         for queue in (self._confirm, self._track):
             name = handover.queue_name(queue.number)
             fd = heirlooms.pop(name, -1)
-            if fd >= 0 and queue.adopt(fd, settings.max_length, settings.socket_buffer, flags, state >= 0):
+            if fd >= 0 and queue.adopt(fd, settings.max_length, settings.socket_buffer, flags, complete):
                 log.info("queue_adopted", queue=queue.number)
             else:
                 if fd >= 0:
@@ -358,10 +362,8 @@ class Daemon:
                 emptied = confirm.turn(CONFIRM_BUDGET)
             if track_waits:
                 emptied = track.turn(TRACK_BUDGET) and emptied
-            if fw.answers:
-                self._answerer.send(fw.answers)
-            if fw.logs:
-                packetlog.write(fw, self._links.interface)
+            if fw.answers or fw.logs:
+                self._answer_and_log()
             if now_ms >= gc_ms:
                 gc_ms = gc(net, now_ms)
             if net.events.seq + tracing.seq != told_seq:
@@ -405,6 +407,11 @@ class Daemon:
             soon_ms = min(soon_ms, SOON_MS)
         return soon_ms
 
+    def _answer_and_log(self) -> None:
+        """Send and write what packets of this turn have left to be sent and written."""
+        self._answerer.send(self._fw.answers)
+        packetlog.write(self._fw, self._links.interface)
+
     def _tell(self, now_ms: int) -> None:
         """Wake the clients that wait for something to happen."""
         assert self._control is not None
@@ -445,7 +452,8 @@ class Daemon:
             return
         self._track.leave()
         self._confirm.leave()
-        with handover.state_in_memory(self._state, self._state.nothing_passes()) as file:
+        state = self._state.freezing(self._state.nothing_passes())
+        with handover.in_memory(state.pieces(unconfirmed=True), self._notify.progress) as file:
             self._notify.store(handover.STATE, [file.fileno()])
 
     def _become_next(self) -> None:
@@ -454,12 +462,38 @@ class Daemon:
         log.info("handing_over", flows=self._net.table.count)
         self._drain()
         self._state.now_ms = self._read_clock()
+        self._sink.flush()
+        deputy = appoint(self._stand_in, self._fork)
         listener, lock = self._control.fds()
-        with handover.state_in_memory(self._state, exact=True) as file:
+        state = self._state.freezing(exact=True)
+        pieces = state.pieces(unconfirmed=True) if deputy is None else state.base()
+        with handover.in_memory(pieces, self._notify.progress) as file:
             fds = {handover.queue_name(queue.number): queue.fileno() for queue in (self._track, self._confirm)}
             fds |= {handover.STATE: file.fileno(), handover.LISTENER: listener, handover.LOCK: lock}
+            if deputy is not None:
+                fds[handover.DEPUTY], fds[handover.DEPUTY_PROCESS] = deputy.fds()
             self._sink.flush()
             self._restart.failed(handover.become_next(fds, self._notify.environment()))
+        if deputy is not None:
+            self._state.now_ms = self._read_clock()
+            self._state.catch_up(deputy)
+
+    def _stand_in(self, sock: socket.socket) -> None:
+        """Do the deputy's work, in its process: judge packets until it is relieved, and tell what has changed."""
+        since_ms = self._state.now_ms
+        self._notify.close()
+        keep_only({sock.fileno(), self._track.fileno(), self._confirm.fileno(), *self._answerer.fds()})
+        self._sink.begin()
+        log.info("deputy_begins", pid=os.getpid())
+        ended = serve(sock, self._track, self._confirm, self._fw, self._read_clock, self._answer_and_log)
+        self._drain()
+        ended.collect()
+        self._answer_and_log()
+        self._state.now_ms = self._read_clock()
+        changes = self._state.freezing(exact=True).changes(since_ms, iter(ended.rows))
+        with handover.in_memory(changes, self._notify.progress) as file:
+            socket.send_fds(sock, [b"!"], [file.fileno()])
+        self._sink.flush()
 
     def _leave_rules(self) -> None:
         """Keep the kernel's rules or take them out, as the configuration in force says."""

@@ -25,6 +25,7 @@ class Notify:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
         self._is_ready = False
+        self._progress_s = 0.0
         ours = environ.pop("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
         timeout_us = environ.pop("WATCHDOG_USEC", "")
         # How often `alive` is to be called: twice in the time after which we are taken for stuck. 0: not at all.
@@ -61,6 +62,13 @@ class Notify:
     def alive(self) -> None:
         """Say that the loop turns."""
         self._send("WATCHDOG=1")
+
+    def progress(self) -> None:
+        """Say so where there is no loop that turns, at most once a second."""
+        now_s = time.monotonic()
+        if now_s - self._progress_s >= 1:
+            self._progress_s = now_s
+            self.alive()
 
     def stopping(self) -> None:
         """Say that we are about to end."""

@@ -8,6 +8,7 @@
     request:N      the Nth request on the control socket finds no memory left
     suspend:N:S    with the Nth packet the machine has slept for so many seconds
     clock:N:S      with the Nth packet the wall clock is set forward by so many seconds
+    fork:N         no process is to be had for the Nth deputy
     disk:N:COUNT   the Nth write of a snapshot has room for half, and the next COUNT find the disk full
 
 Nothing of this is there when no failure is asked for: the daemon is given the real parts.
@@ -28,7 +29,7 @@ from conntrackd.hooks import Firewall, pre_routing
 SWITCH: Final = "CONNTRACKD_TEST"
 KINDS: Final = {
     "exception": "N", "memory": "N", "slow": "N:MS", "enobufs": "N", "verdict": "N", "request": "N",
-    "suspend": "N:S", "clock": "N:S", "disk": "N:COUNT",
+    "suspend": "N:S", "clock": "N:S", "fork": "N", "disk": "N:COUNT",
 }  # fmt: skip
 
 Track = Callable[[Firewall, bytes, int, int, int, int], int]
@@ -49,6 +50,7 @@ class Parts:
         self.inbox: Callable[[int, int], Inbox] = Inbox
         self.write: Callable[[int, bytes], int] = os.write
         self.write_disk: WriteDisk = os.write
+        self.fork: Callable[[], int] = os.fork
         self.answer: Callable[[Answer], Answer] = lambda answer: answer
 
 
@@ -77,6 +79,8 @@ def parts(simulate: str | None) -> Parts:
         found.write = _before(_Nth(at, _no_room), os.write)
     elif kind == "request":
         found.answer = lambda answer: _before(_Nth(at, _no_memory), answer)
+    elif kind == "fork":
+        found.fork = _before(_Nth(at, _no_process), os.fork)
     elif kind == "disk":
         found.write_disk = _FullDisk(at, more)
     else:
@@ -118,6 +122,10 @@ def _no_memory() -> None:
 
 def _no_room() -> None:
     raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+
+
+def _no_process() -> None:
+    raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
 
 
 class _Overrun(Inbox):

@@ -20,8 +20,10 @@ from typing import Annotated, BinaryIO, Final, NamedTuple
 import google_crc32c
 import msgspec
 
+from conntrackd.core.conn import Conn
 from conntrackd.core.rows import Names, pack_conn, pack_conns, pack_expect
 from conntrackd.core.stats import Stats
+from conntrackd.core.table import EVER_MS
 from conntrackd.hooks import Firewall
 from conntrackd.policy.sets import AddressSet
 
@@ -45,11 +47,14 @@ REVOKED: Final = 6
 RULES: Final = 7
 TOTALS: Final = 8
 END: Final = 9
+ENDED: Final = 0  # in changes only, and first: what has ended makes room for what has begun
 
 # An address that was added to a set: the set's name, whether it is IPv6, length of the prefix, address, when it ends.
 ENTRY: Final = struct.Struct("<HBB16sq")
 # A tuple whose connection a new policy ended: its length, the tuple, until when it is remembered.
 REVOCATION: Final = struct.Struct("<B39sq")
+# A connection that has ended: id, zone, length of its original tuple, the tuple.
+ENDING: Final = struct.Struct("<QHB37s")
 
 BOOT_ID: Final = Path("/proc/sys/kernel/random/boot_id")
 
@@ -127,17 +132,48 @@ class Freezing:
 
         `unconfirmed` is for who takes over at once: with connections whose first packet is on its way.
         """
+        yield from self._begin()
+        yield from self._connections(EVER_MS)
+        if unconfirmed:
+            yield from self._unconfirmed()
+        yield from self._all_else()
+
+    def base(self) -> Iterator[bytes]:
+        """Make what `changes` are told against later: the confirmed connections, and nothing else."""
+        yield from self._begin()
+        yield from self._connections(EVER_MS)
+        yield self._end()
+
+    def changes(self, since_ms: int, ended: Iterator[bytes]) -> Iterator[bytes]:
+        """Make what has changed since `base` was made at `since_ms`; `ended` are rows (ENDING) of what is no more.
+
+        A packet that was not let through counts as none: what it may have changed about its connection stays behind.
+        """
+        yield from self._begin()
+        yield from self._sliced(ENDED, ended)
+        yield from self._connections(since_ms)
+        yield from self._unconfirmed()
+        yield from self._all_else()
+
+    def _begin(self) -> Iterator[bytes]:
         yield START.pack(MAGIC, VERSION)
         yield self._block(HEAD, msgspec.json.encode(self._head))
-        net = self._fw.net
-        connections = net.table.connections()
-        while rows := pack_conns(connections, SLICE, net.table.labels, self._links, self._names):
+
+    def _connections(self, since_ms: int) -> Iterator[bytes]:
+        table = self._fw.net.table
+        connections = table.connections(since_ms)
+        while rows := pack_conns(connections, SLICE, table.labels, self._links, self._names):
             self.flows += len(rows)
             yield self._collect(CONNS, rows)
         yield self._rest(CONNS)
-        if unconfirmed:
-            held = [*net.table.unconfirmed_old.values(), *net.table.unconfirmed.values()]
-            yield from self._sliced(CONNS, (pack_conn(ct, 0, self._links, self._names) for ct in held))
+
+    def _unconfirmed(self) -> Iterator[bytes]:
+        table = self._fw.net.table
+        held = [*table.unconfirmed_old.values(), *table.unconfirmed.values()]
+        yield from self._sliced(CONNS, (pack_conn(ct, 0, self._links, self._names) for ct in held))
+
+    def _all_else(self) -> Iterator[bytes]:
+        net = self._fw.net
         expectations = list(net.table.expectations.by_id.values())
         yield from self._sliced(EXPECTS, (pack_expect(expect, self._names) for expect in expectations))
         for entry in list(self._fw.ruleset.sets.values()):
@@ -155,7 +191,10 @@ class Freezing:
             yield self._block(RULES, msgspec.json.encode(rules[at : at + RULES_AT_ONCE]))
         totals = Totals(net.table.last_id, {name: getattr(net.stats, name) for name in STATS}, self._fw.drop_counts)
         yield self._block(TOTALS, msgspec.json.encode(totals))
-        yield self._block(END, self._blocks.to_bytes(8, "little"))
+        yield self._end()
+
+    def _end(self) -> bytes:
+        return self._block(END, self._blocks.to_bytes(8, "little"))
 
     def _block(self, kind: int, content: bytes) -> bytes:
         self._blocks += 1
@@ -182,6 +221,11 @@ class Freezing:
             made += self._block(kind, b"".join(self._rows))
             self._rows, self._size = [], 0
         return made
+
+
+def ending(ct: Conn) -> bytes:
+    """Write the row of a connection that has ended."""
+    return ENDING.pack(ct.id, ct.zone, len(ct.orig), ct.orig)
 
 
 def _entries(entry: AddressSet, number: int) -> Iterator[bytes]:
@@ -213,7 +257,7 @@ def check(file: BinaryIO) -> Head:
         age = "a newer" if version > VERSION else "an older"
         raise SnapshotError(f"was written by {age} conntrackd (format {version}, this one reads {VERSION})")
     head = None
-    before = CONNS
+    before = ENDED
     for count, (kind, content) in enumerate(blocks(file)):
         if count == 0 and kind == HEAD:
             try:

@@ -6,7 +6,7 @@ snapshot, not the packets. Whatever goes wrong is counted, said once, and shown 
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -14,9 +14,10 @@ import structlog
 
 from conntrackd import api
 from conntrackd.config import Config
+from conntrackd.daemon.deputy import Deputy
 from conntrackd.daemon.generations import Generations
 from conntrackd.daemon.links import Links
-from conntrackd.daemon.restore import Restored, restore
+from conntrackd.daemon.restore import Restored, Restoring, nothing
 from conntrackd.daemon.snapshot import Freezing, Moment, SnapshotError, boot_id
 from conntrackd.daemon.statefile import StateFile, WriteDisk, Writing
 from conntrackd.hooks import Firewall
@@ -39,8 +40,10 @@ class State:
         generations: Generations,
         now_ms: int,
         write: WriteDisk = os.write,
+        progress: Callable[[], None] = nothing,
     ) -> None:
         self.now_ms = now_ms
+        self._progress = progress
         self._directory = config.state.directory
         self._period_ms = config.state.snapshot
         self._next_ms = now_ms + self._period_ms
@@ -93,19 +96,39 @@ class State:
         except OSError as error:
             self._fail(error.strerror or str(error))
 
-    def inherit(self, fd: int) -> None:
-        """Put back what the process before has left in memory; without it, what it has left on the disk."""
+    def inherit(self, fd: int, deputy: Deputy | None) -> bool:
+        """Put back what the process before has left in memory; without it, what it has left on the disk.
+
+        With a deputy it has judged packets meanwhile. Says whether we know of all packets that were judged.
+        """
         with os.fdopen(fd, "rb") as file:
             try:
-                self.take(file)
+                restoring = self.take(file)
             except (SnapshotError, OSError) as error:
                 log.warning("handover_state_unusable", error=str(error))
                 self.restore()
+                return deputy is None
+        return deputy is None or self.catch_up(deputy, restoring)
 
-    def take(self, file: BinaryIO) -> None:
+    def catch_up(self, deputy: Deputy, restoring: Restoring | None = None) -> bool:
+        """Relieve the deputy, and put back what it has changed; say whether that went well."""
+        restoring = restoring or Restoring(self._fw, self._links, self._progress)
+        try:
+            with deputy.relieve() as file:
+                changed = restoring.catch_up(file, self._moment())
+        except (SnapshotError, OSError) as error:
+            log.warning("handover_changes_lost", error=str(error))
+            restoring.remain_behind()
+            return False
+        self._generations.set_links()
+        log.info("handover_caught_up", flows=self._fw.net.table.count, changed=changed.flows, ended=restoring.ended)
+        return True
+
+    def take(self, file: BinaryIO) -> Restoring:
         """Put back what a snapshot holds. Raises SnapshotError for one that is no good."""
         now = self._moment()
-        restored = self._restored = restore(file, self._fw, self._links, now)
+        restoring = Restoring(self._fw, self._links, self._progress)
+        restored = self._restored = restoring.read(file, now)
         self._generations.set_links()  # with those that only restored connections name
         self._generations.resume(restored.generation, restored.config)
         if restored.clock_backwards:
@@ -121,6 +144,7 @@ class State:
             away_seconds=restored.away_ms // 1000,
             same_boot=restored.same_boot,
         )
+        return restoring
 
     def _set_aside(self, reason: str) -> None:
         assert self._file is not None

@@ -14,7 +14,7 @@ from conntrackd.core.conntrack import gc
 from conntrackd.core.net import Conntrack
 from conntrackd.core.sysctl import Sysctl
 from conntrackd.daemon.links import Links
-from conntrackd.daemon.restore import restore
+from conntrackd.daemon.restore import Restoring
 from conntrackd.daemon.snapshot import (
     END,
     MAGIC,
@@ -88,7 +88,7 @@ def snapshot(data: bytes) -> None:
     now = Moment(START_MS, 0, "another boot" if settings & REBOOTED else "boot")
     tracemalloc.start()
     try:
-        restore(file, fw, links(), now)
+        Restoring(fw, links()).read(file, now)
     except SnapshotError:
         assert fw.net.table.count == 0
     finally:

@@ -41,7 +41,7 @@ def test_one_part_fails_and_the_others_are_real(monkeypatch: pytest.MonkeyPatch,
     changed = {name for name, part in vars(failing).items() if part is not vars(real)[name]} - {"answer"}
     assert changed == {
         "enobufs": {"inbox"}, "verdict": {"write"}, "request": set(), "suspend": {"clock", "track"},
-        "clock": {"clock", "track"}, "disk": {"write_disk"},
+        "clock": {"clock", "track"}, "fork": {"fork"}, "disk": {"write_disk"},
     }.get(kind, {"track"})  # fmt: skip
 
 

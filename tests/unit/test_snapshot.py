@@ -1,19 +1,22 @@
 """What a snapshot holds comes back as it was, with the time in between deducted; what is no snapshot does not."""
 
 import io
+import random
 from collections.abc import Iterable
 from typing import Any
 
 import pytest
 
 from conntrackd.config import parse
-from conntrackd.const import DROP, IPS_ASSURED, IPS_CONFIRMED, IPS_COUNTED
+from conntrackd.const import DROP, IPS_ASSURED, IPS_CONFIRMED, IPS_COUNTED, IPS_DYING
 from conntrackd.core.conn import Conn
-from conntrackd.core.conntrack import set_labels
+from conntrackd.core.conntrack import gc, set_labels
 from conntrackd.core.net import Conntrack
 from conntrackd.core.tuples import get_tuple
+from conntrackd.daemon import deputy
+from conntrackd.daemon.deputy import Ended
 from conntrackd.daemon.links import FIRST_ABSENT, Links
-from conntrackd.daemon.restore import Restored, restore
+from conntrackd.daemon.restore import Restored, Restoring
 from conntrackd.daemon.snapshot import (
     BLOCK_MAX,
     CONNS,
@@ -34,7 +37,7 @@ from conntrackd.hooks import Firewall, still_allowed
 from conntrackd.policy.compile import compile as compile_ruleset
 from conntrackd.policy.sets import FOR_EVER
 from tests.differential import packets
-from tests.differential.packets import ACK, FIN, PSH, SYN
+from tests.differential.packets import ACK, FIN, PSH, RST, SYN
 from tests.fuzz.invariants import check_table
 from tests.unit import craft
 from tests.unit.craft import icmp, icmpv6, sctp, sctp_init, tcp, udp, udplite
@@ -104,16 +107,15 @@ def frozen(fw: Firewall, now_ms: int, unconfirmed: bool = False, exact: bool = T
 
 
 def thawed(data: bytes, fw: Firewall, now: Moment, names: dict[int, str] = LINKS) -> Restored:
-    restored = restore(io.BytesIO(data), fw, links(names), now)
+    restored = Restoring(fw, links(names)).read(io.BytesIO(data), now)
     check_table(fw.net, now.mono_ms)
     return restored
 
 
 def numbers(thing: object) -> dict[str, Any]:
-    """What a connection is made of, compiled or not, and what each of its sides is."""
+    """What a connection is made of, compiled or not."""
     found = {name: getattr(thing, name) for name in dir(thing) if not name.startswith("_")}
-    plain = {name: value for name, value in found.items() if name not in NOT_NUMBERS and not callable(value)}
-    return {name: numbers(value) if name in ("original", "replier") else value for name, value in plain.items()}
+    return {name: value for name, value in found.items() if name not in NOT_NUMBERS and not callable(value)}
 
 
 def conns(fw: Firewall) -> dict[bytes, Conn]:
@@ -249,6 +251,165 @@ def test_what_helpers_remember(name: str, message: bytes) -> None:
     assert not HELPERS[name].new_help().thaw(message + b"\0" * 40)
 
 
+# --- What has changed since ---------------------------------------------------------------------------------------
+
+
+def master_id(ct: Conn) -> int:
+    """The id of the connection that announced it, as long as that is there."""
+    return ct.master.id if ct.master is not None and not ct.master.status & IPS_DYING else 0
+
+
+class Successor:
+    """A firewall that takes a table over as it is now, and later what became of it with the deputy."""
+
+    def __init__(self, router: Router) -> None:
+        self.router = router
+        self.fw = firewall()
+        self.since_ms = router.now_ms
+        self.restoring = Restoring(self.fw, links())
+        self.restoring.read(io.BytesIO(b"".join(self._freezing().base())), at(router.now_ms))
+        self.ended = Ended(router.fw)
+
+    def _freezing(self) -> Freezing:
+        return Freezing(self.router.fw, LINKS, at(self.router.now_ms), "config", exact=True)
+
+    def catch_up(self) -> Restored:
+        self.ended.collect()
+        changes = b"".join(self._freezing().changes(self.since_ms, iter(self.ended.rows)))
+        restored = self.restoring.catch_up(io.BytesIO(changes), at(self.router.now_ms))
+        check_table(self.fw.net, self.router.now_ms)
+        return restored
+
+    def check(self) -> None:
+        """Both know the same: connections that live, what is expected, counters."""
+        now_ms, left, right = self.router.now_ms, self.router.fw, self.fw
+        before, after = (
+            {(ct.zone, ct.orig): ct for ct in fw.net.table.connections() if ct.expires_ms > now_ms}
+            for fw in (left, right)
+        )
+        assert before.keys() == after.keys()
+        for key, ct in before.items():
+            assert numbers(after[key]) == numbers(ct)
+            assert master_id(after[key]) == master_id(ct)
+        assert left.net.table.labels == right.net.table.labels
+        assert left.net.table.last_id == right.net.table.last_id
+        expected = [
+            sorted(
+                (expect.tuple, expect.mask, expect.expires_ms) for expect in fw.net.table.expectations.by_id.values()
+            )
+            for fw in (left, right)
+        ]
+        assert expected[0] == expected[1]
+        unconfirmed = [{**fw.net.table.unconfirmed_old, **fw.net.table.unconfirmed}.keys() for fw in (left, right)]
+        assert unconfirmed[0] == unconfirmed[1]
+        assert left.net.stats.ctinfo == right.net.stats.ctinfo
+        for one, other in zip(left.ruleset.rules, right.ruleset.rules, strict=True):
+            assert (one.hits, one.flows) == (other.hits, other.flows)
+
+
+def test_a_deputys_changes_are_caught_up_with(busy: Router) -> None:
+    busy.now_ms += 1
+    successor = Successor(busy)
+    assert successor.fw.net.table.count == 14
+    busy.now_ms += 1000
+    busy.cross(udp(b"new", sport=1))  # what begins
+    busy.enter(udp(b"on its way", sport=2))  # and has not left yet
+    busy.cross(tcp(ACK | PSH, 106, 901, data=b"more"))  # goes on
+    busy.cross(tcp(ACK | PSH, 62 + 31 + 31, 18, dport=21, data=b"226 done\r\n", back=True), WAN, LAN)
+    question = busy.table.get(get_tuple(udp(b"question"), 0))
+    assert question is not None
+    busy.table.kill(question, busy.now_ms)  # ends
+    ping = busy.table.get(get_tuple(icmp(8), 0))
+    assert ping is not None
+    busy.table.kill(ping, busy.now_ms)
+    busy.cross(icmp(8))  # ends and begins anew
+    again = busy.table.get(get_tuple(icmp(8), 0))
+    assert again is not None
+    set_labels(busy.fw.net, again, 5, busy.now_ms)
+    busy.fw.ruleset.sets["banned"].add(False, 0xC0000207, 32, FOR_EVER, busy.now_ms)
+    restored = successor.catch_up()
+    assert successor.restoring.ended == 2
+    assert restored.flows == 4
+    assert restored.addresses == 1
+    assert restored.expectations == 1
+    assert successor.fw.net.table.count == busy.table.count
+    successor.check()
+
+
+@pytest.mark.parametrize("seed", [*range(20), random.SystemRandom().randrange(1 << 32)])
+def test_whatever_a_deputy_does_is_caught_up_with(busy: Router, seed: int) -> None:
+    dice = random.Random(seed)
+    print(f"seed {seed}")
+    anything(busy, dice)
+    successor = Successor(busy)
+    busy.now_ms += dice.choice((0, 1, 500))
+    anything(busy, dice)
+    successor.catch_up()
+    successor.check()
+
+
+def anything(router: Router, dice: random.Random) -> None:
+    """Packets of a few connections in any order, some of which end by themselves, by force, or by time."""
+    for _ in range(dice.randrange(200)):
+        act = dice.randrange(20)
+        port, back = dice.randrange(4), dice.random() < 0.5
+        ways = (WAN, LAN) if back else (LAN, WAN)
+        if act < 9:
+            flags = dice.choice((SYN, SYN | ACK, ACK, ACK | PSH, FIN | ACK, RST | ACK))
+            router.cross(tcp(flags, dice.randrange(4), dice.randrange(4), sport=port, back=back), *ways)
+        elif act < 16:
+            router.cross(udp(b"x", sport=port, back=back), *ways)
+        elif act < 17:
+            router.enter(udp(b"x", sport=10 + port))
+        elif act < 19:
+            flows = sorted(router.table.connections(), key=lambda ct: ct.id)
+            if flows:
+                router.table.kill(dice.choice(flows), router.now_ms)
+        else:
+            router.now_ms += dice.choice((1, 100, 40_000))
+            gc(router.fw.net, router.now_ms)
+
+
+def test_a_full_table_takes_what_began_in_the_place_of_what_ended(busy: Router) -> None:
+    successor = Successor(busy)
+    busy.fw.net.sysctl.max = successor.fw.net.sysctl.max = successor.restoring.limit = 14
+    busy.now_ms += 5000
+    for port in range(8):
+        busy.cross(udp(b"new", sport=port))
+    assert busy.table.count == 14
+    assert successor.catch_up().refused == 0
+    successor.check()
+
+
+def test_without_the_changes_numbers_are_taken_as_they_come(busy: Router) -> None:
+    successor = Successor(busy)
+    successor.restoring.remain_behind()
+    after = Router(POLICY)
+    after.now_ms, after.fw = busy.now_ms, successor.fw
+    far = 400_000_000
+    assert after.cross(tcp(ACK | PSH, 901 + far, 106 + far, data=b"far on", back=True), WAN, LAN) != DROP
+    assert after.cross(tcp(ACK, 106 + far, 907 + far)) != DROP
+
+
+def test_who_goes_on_after_all_catches_up_with_its_own_deputy(busy: Router) -> None:
+    """The daemon whose next program could not be begun: it knows what was there at the fork."""
+    successor = Successor(busy)
+    successor.restoring = Restoring(successor.fw, links())
+    busy.now_ms += 1000
+    busy.cross(tcp(ACK | PSH, 62 + 31 + 31, 18, dport=21, data=b"226 done\r\n", back=True), WAN, LAN)
+    successor.catch_up()
+    successor.check()
+
+
+def test_a_deputy_that_missed_what_ended_says_so(busy: Router, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deputy, "EVENTS_MAX", 2)
+    successor = Successor(busy)
+    for ct in list(busy.table.connections()):
+        busy.table.kill(ct, busy.now_ms)
+    with pytest.raises(OverflowError):
+        successor.catch_up()
+
+
 # --- Time ---------------------------------------------------------------------------------------------------------
 
 
@@ -314,7 +475,7 @@ def test_interfaces_are_found_by_name() -> None:
 
 def test_an_interface_that_is_not_there_keeps_its_name_and_zone() -> None:
     fw, gone = firewall(), links({WAN: "eth0"})
-    restore(io.BytesIO(one_udp(1000)), fw, gone, at(1000))
+    Restoring(fw, gone).read(io.BytesIO(one_udp(1000)), at(1000))
     (ct,) = fw.net.table.connections()
     assert (ct.iif, ct.oif) == (FIRST_ABSENT, WAN)
     assert gone.interface(ct.iif) == "eth1"
@@ -450,7 +611,7 @@ def test_many_come_back(busy: Router) -> None:
 def refusal(data: bytes) -> str:
     fw = firewall()
     with pytest.raises(SnapshotError) as refused:
-        restore(io.BytesIO(data), fw, links(), at(1000))
+        Restoring(fw, links()).read(io.BytesIO(data), at(1000))
     assert fw.net.table.count == 0
     return str(refused.value)
 
@@ -504,7 +665,7 @@ def test_wrong_content_with_the_right_checksum_is_left_out(busy: Router) -> None
         assert thawed(sealed(changed), fw, at(busy.now_ms)).flows <= 14
     changed = [(kind, b"[[[" if kind == TOTALS else was) for kind, was in parts]
     fw = firewall()
-    restore(io.BytesIO(sealed(changed)), fw, links(), at(busy.now_ms))
+    Restoring(fw, links()).read(io.BytesIO(sealed(changed)), at(busy.now_ms))
     assert fw.net.table.count == 14
 
 
