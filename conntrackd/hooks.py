@@ -21,7 +21,6 @@ from conntrackd.const import (
     IP_CT_RELATED,
     IP_CT_RELATED_REPLY,
     IP_CT_UNTRACKED,
-    IPPROTO_GRE,
     IPPROTO_ICMP,
     IPPROTO_ICMPV6,
     IPPROTO_TCP,
@@ -162,10 +161,8 @@ def post_routing(
     zone = fw.net.zone_of(iif, mark)
     if not mark_bits & MARK_CLASS:
         fw.unseen += 1
-    key = packet_tuple(data)
+    key = table.read_tuple(data[: packet_length(data)], 0, zone)
     if key:
-        if key[0] == IPPROTO_GRE:
-            key = table.gre_tuple(key, zone)
         ct = table.find_unconfirmed(key, zone) if mark_bits & MARK_UNCONFIRMED else None
         if ct is None:
             ct = table.find(key, now_ms, zone)

@@ -109,7 +109,7 @@ def track(net: Conntrack, data: bytes, checksum: bool, zone: int, now_ms: int) -
         return INVALID_L4_TRUNCATED, None
     key = bytes((protonum,)) + addresses(data, 0) + part
     if protonum == IPPROTO_GRE:
-        key = net.table.gre_tuple(key, zone)
+        key = net.table.gre_tuple(key, data, dataoff, zone)
 
     while True:
         ctinfo, ct = resolve_normal_ct(net, key, zone, now_ms)
@@ -296,7 +296,7 @@ def attach(net: Conntrack, data: bytes, zone: int = 0) -> bool:
             return False
         refused = invert(get_tuple(data, 0))
     elif protonum == IPPROTO_ICMP or (protonum == IPPROTO_ICMPV6 and len(data) > dataoff and data[dataoff] < 128):
-        refused = get_tuple(data, dataoff + ICMP_HEADER)
+        refused = net.table.read_tuple(data, dataoff + ICMP_HEADER, zone)
     else:
         return False
     if net.table.find_unconfirmed(refused, zone) is None:

@@ -25,6 +25,7 @@ from conntrackd.const import (
     IPCT_LABEL,
     IPCT_NEW,
     IPCT_RELATED,
+    IPPROTO_GRE,
     IPS_ASSURED,
     IPS_CONFIRMED,
     IPS_COUNTED,
@@ -40,6 +41,8 @@ from conntrackd.core.ecache import Event, EventRing
 from conntrackd.core.expect import Expectations
 from conntrackd.core.stats import Stats
 from conntrackd.core.sysctl import Sysctl
+from conntrackd.core.tuples import get_tuple, names_call, source
+from conntrackd.wire.ip import transport
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -81,8 +84,9 @@ class Table:
         self.labels: dict[int, int] = {}  # of the connections that have any, by id: 128 bits
         self.last_id = 0
         self.expectations = Expectations(stats, events)
-        # Tuples of announced PPTP calls, by what a packet tells of them, with its zone: not the key of its own side.
-        self.gre_keymap: dict[bytes, bytes] = {}
+        # Tuples of announced PPTP calls, the oldest first, by what a packet tells of them, with its zone: not the id of
+        # its own side.
+        self.gre_keymap: dict[bytes, list[bytes]] = {}
         # Unconfirmed connections by original tuple, in two generations: `rotate` forgets the old one whole, so a
         # connection whose packet was dropped on the way costs nothing to clean up, however many there are.
         self.unconfirmed: dict[bytes, Conn] = {}
@@ -284,21 +288,21 @@ class Table:
         """Count the connections that the source of a tuple has opened, since that is limited."""
         if not self.source_counts:
             return 0
-        source = zone_key(zone, source_of(orig))
-        return self.source_counts[hash(source) >> SHARD_SHIFT & (SHARDS - 1)].get(source, 0)
+        address = zone_key(zone, source(orig))
+        return self.source_counts[hash(address) >> SHARD_SHIFT & (SHARDS - 1)].get(address, 0)
 
     def count_source(self, ct: Conn, change: int) -> None:
         """Count a connection on its source, or no more."""
         if not self.source_counts:
             self.source_counts = [{} for _ in range(SHARDS)]
         ct.status |= IPS_COUNTED
-        source = zone_key(ct.zone, source_of(ct.orig))
-        counts = self.source_counts[hash(source) >> SHARD_SHIFT & (SHARDS - 1)]
-        count = counts.get(source, 0) + change
+        address = zone_key(ct.zone, source(ct.orig))
+        counts = self.source_counts[hash(address) >> SHARD_SHIFT & (SHARDS - 1)]
+        count = counts.get(address, 0) + change
         if count:
-            counts[source] = count
+            counts[address] = count
         else:
-            del counts[source]
+            del counts[address]
 
     def adapt(self) -> None:
         """Scale timeouts by how full the table is: linearly from all to nothing between two levels, as pf does."""
@@ -327,9 +331,15 @@ class Table:
             ct.help.helper.destroy(self, ct, now_ms)
             self.expectations.unlink_all(ct.help, now_ms)
 
-    def gre_tuple(self, key: bytes, zone: int) -> bytes:
-        """Complete the tuple of a PPTP packet, which names the call of its receiver only [gre_keymap_lookup]."""
-        return self.gre_keymap.get(zone_key(zone, key), key)
+    def read_tuple(self, data: bytes, at: int, zone: int) -> bytes:
+        """Read the tuple of the packet at `at`, be it one of a PPTP call; b"" as get_tuple [nf_ct_get_tuplepr]."""
+        key = get_tuple(data, at)
+        return self.gre_tuple(key, data, transport(data, at)[0], zone) if key and key[0] == IPPROTO_GRE else key
+
+    def gre_tuple(self, key: bytes, data: bytes, dataoff: int, zone: int) -> bytes:
+        """Complete the tuple of a GRE packet: PPTP's names the call of its receiver only [gre_keymap_lookup]."""
+        calls = self.gre_keymap.get(zone_key(zone, key)) if self.gre_keymap else None
+        return calls[0] if calls and names_call(data, dataoff) else key
 
     # --- Unconfirmed connections --------------------------------------------------------------------------
 
@@ -417,8 +427,3 @@ class Table:
                 ct = slot.later
             self.wheel_second += 1
         return True
-
-
-def source_of(tuple_: bytes) -> bytes:
-    """Cut the source address out of a tuple."""
-    return tuple_[1 : 1 + ((len(tuple_) - 5) >> 1)]

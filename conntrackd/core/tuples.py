@@ -62,13 +62,16 @@ def transport_part(data: bytes, dataoff: int, protonum: int) -> bytes:
 
 def gre_keys(data: bytes, dataoff: int) -> bytes:
     """Cut the keys of a GRE packet: a call id for PPTP (RFC 2637 4.1), else zeros [gre_pkt_to_tuple]."""
-    if len(data) < dataoff + 4 or u16(data, dataoff) & GRE_VERSION != GRE_VERSION_PPTP:
-        return NO_PORTS
-    if len(data) < dataoff + 8:
+    if not names_call(data, dataoff):
         return NO_PORTS
     if u16(data, dataoff + 2) != GRE_PROTO_PPP:
         return b""
     return b"\0\0" + data[dataoff + 6 : dataoff + 8]
+
+
+def names_call(data: bytes, dataoff: int) -> bool:
+    """Whether a GRE header is PPTP's, with a call id in it; zero is one, too."""
+    return len(data) >= dataoff + 8 and u16(data, dataoff) & GRE_VERSION == GRE_VERSION_PPTP
 
 
 def get_tuple(data: bytes, at: int) -> bytes:

@@ -25,7 +25,6 @@ from conntrackd.const import (
     IP_CT_RELATED,
     IP_CT_RELATED_REPLY,
     IP_CT_UNTRACKED,
-    IPPROTO_GRE,
     IPPROTO_ICMP,
     IPPROTO_ICMPV6,
     IPS_CONFIRMED,
@@ -37,7 +36,7 @@ from conntrackd.const import (
     NF_INET_PRE_ROUTING,
 )
 from conntrackd.core.conn import Conn
-from conntrackd.core.tuples import get_tuple, invert, packet_tuple
+from conntrackd.core.tuples import invert
 from conntrackd.daemon import flowrows
 from conntrackd.daemon.control import QUIET, Asked, arguments
 from conntrackd.daemon.flowanswers import Chosen
@@ -239,9 +238,7 @@ class Packet:
         self.oif = oif
         self.now_ms = now_ms
         self.zone = fw.net.zone_of(iif, mark)
-        self.key = packet_tuple(data)
-        if self.key and self.key[0] == IPPROTO_GRE:
-            self.key = fw.net.table.gre_tuple(self.key, self.zone)
+        self.key = fw.net.table.read_tuple(data[: packet_length(data)], 0, self.zone)
         self.ct = self.find(fw)
         self.state = self.ct.state if self.ct is not None else 0
         self.status = self.ct.status if self.ct is not None else 0
@@ -253,7 +250,8 @@ class Packet:
             return None
         ct = self._find(fw, self.key)
         if ct is None and self.key[0] in (IPPROTO_ICMP, IPPROTO_ICMPV6):
-            quoted = get_tuple(self.data, transport(self.data, 0)[0] + ICMP_HEADER)
+            at = transport(self.data, 0)[0] + ICMP_HEADER
+            quoted = fw.net.table.read_tuple(self.data, at, self.zone)
             return self._find(fw, quoted) if quoted else None
         return ct
 

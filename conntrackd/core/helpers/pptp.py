@@ -160,7 +160,7 @@ class Pptp(Helper):
         info = ct.help
         assert isinstance(info, PptpHelp)
         for key in info.keymap:
-            table.gre_keymap[shown_key(ct, key)] = key
+            table.gre_keymap.setdefault(shown_key(ct, key), []).append(key)
 
     def destroy(self, table: Table, ct: Conn, now_ms: int) -> None:
         """End the call with its session."""
@@ -205,13 +205,15 @@ def expect_call(net: Conntrack, ct: Conn, info: PptpHelp, now_ms: int) -> None:
         expectations.unlink(outward, now_ms)
         return
     if not info.keymap:
-        for key in (outward.tuple, inward.tuple):
-            net.table.gre_keymap[shown_key(ct, key)] = key
-            info.keymap.append(key)
+        info.keymap = [outward.tuple, inward.tuple]
+        for key in info.keymap:
+            net.table.gre_keymap.setdefault(shown_key(ct, key), []).append(key)
     elif info.keymap != [outward.tuple, inward.tuple]:
         # A session has one call until it is disconnected.
         expectations.unlink(outward, now_ms)
         expectations.unlink(inward, now_ms)
+        if info.keymap[0][-2:] == outward.tuple[-2:]:
+            forget_keys(net.table, ct, info)  # as the kernel: the server's id is the same, the client's is another
 
 
 def shown_key(ct: Conn, key: bytes) -> bytes:
@@ -219,13 +221,20 @@ def shown_key(ct: Conn, key: bytes) -> bytes:
     return zone_key(ct.zone, key[:-4] + b"\0\0" + key[-2:])
 
 
-def end_call(table: Table, ct: Conn, info: PptpHelp, now_ms: int) -> None:
-    """Forget a call, be it expected or under way [pptp_destroy_siblings]."""
+def forget_keys(table: Table, ct: Conn, info: PptpHelp) -> None:
+    """Complete packets of a session's call no more [nf_ct_gre_keymap_destroy]; others may have the same ids."""
     for key in info.keymap:
         shown = shown_key(ct, key)
-        if table.gre_keymap.get(shown) is key:  # it may be a later session's by now
+        calls = table.gre_keymap[shown]
+        calls.remove(key)
+        if not calls:
             del table.gre_keymap[shown]
     info.keymap = []
+
+
+def end_call(table: Table, ct: Conn, info: PptpHelp, now_ms: int) -> None:
+    """Forget a call, be it expected or under way [pptp_destroy_siblings]."""
+    forget_keys(table, ct, info)
     outward = bytes((IPPROTO_GRE,)) + ct.orig[1:9] + info.pns_call_id + info.pac_call_id
     for key in (outward, invert(outward)):
         call = table.find(key, now_ms, ct.zone)

@@ -23,7 +23,7 @@ from conntrackd.const import (
 )
 from conntrackd.core.conn import Conn, account, refresh
 from conntrackd.core.net import Conntrack, settings_of
-from conntrackd.core.tuples import destination, get_tuple, invert
+from conntrackd.core.tuples import destination, invert
 from conntrackd.wire.checksum import checksum_ok
 
 HEADER: Final = 8
@@ -60,7 +60,7 @@ def related_to_quoted(
     The quoted packet went one way and the error goes back: its inverse names the direction the error takes. Any router
     on the way may have sent the error, so its source says nothing; its destination must be that direction's.
     """
-    sent = get_tuple(data, quoted)
+    sent = net.table.read_tuple(data, quoted, zone)
     back = invert(sent) if sent else b""
     if not back:
         return INVALID_ICMP_INNER_BROKEN, None

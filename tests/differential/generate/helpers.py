@@ -51,6 +51,11 @@ class Scene:
         head = struct.pack(">HHHH", 0x2000 | version, 0x880B if version else 0x0800, 4, call_id)
         self.steps.append((side, packets.ip(saddr, daddr, 47, head + b"data")))
 
+    def error(self, side: int, quoted: bytes) -> None:
+        """An ICMP error about a packet, by somebody on its way."""
+        message = packets.icmp(3, 4, bytes(4) + quoted)
+        self.steps.append((side, packets.ip(self.third, self.ends[1 - side], 1, message)))
+
     def connect(self, side: int, sport: int, dport: int, source: bytes = b"") -> None:
         """A SYN of a data connection, perhaps its answer, perhaps another SYN after it."""
         saddr, daddr = source or self.ends[side], self.ends[1 - side]
@@ -252,7 +257,7 @@ def pptp_message(kind: int, body: bytes) -> bytes:
 def pptp(scene: Scene) -> None:
     rng = scene.rng
     control = Tcp(scene, 1723)
-    pns, pac = rng.randrange(0x10000), rng.randrange(0x10000)
+    pns, pac = [0 if scene.chance(0.05) else rng.randrange(0x10000) for _ in range(2)]
     start = struct.pack(">HBBIIHH", 0x100, 0, 0, 1, 1, 0, 1) + bytes(128)
     started = struct.pack(">HBBIIHH", 0x100, rng.choice((1, 1, 1, 1, 2)), 0, 1, 1, 0, 1) + bytes(128)
     result = rng.choice((1, 1, 1, 1, 2))
@@ -278,7 +283,10 @@ def pptp(scene: Scene) -> None:
             control.say(side, message)
     for _ in range(rng.randrange(0, 5)):
         side = rng.choice((CLIENT, SERVER))
-        scene.gre(side, rng.choice(((pac, pns)[side], (pac, pns)[side], pns, rng.randrange(0x10000))))
+        call_id = rng.choice(((pac, pns)[side], (pac, pns)[side], pns, rng.randrange(0x10000)))
+        scene.gre(side, call_id, version=0 if scene.chance(0.1) else 1)
+        if scene.chance(0.2):
+            scene.error(1 - side, scene.steps[-1][1])
     if scene.chance(0.2):  # the call once more
         for side, kind, body in call:
             control.say(side, pptp_message(kind, body))
