@@ -45,7 +45,7 @@ from conntrackd.const import (
     STRESSED_TABLE_FULL,
 )
 from conntrackd.core.conn import Conn
-from conntrackd.core.conntrack import attach, confirm, conntrack_in, first_timeout
+from conntrackd.core.conntrack import attach, confirm, conntrack_in, use_timeouts
 from conntrackd.core.helper import assign_helper, help_new_packet
 from conntrackd.core.helpers import HELPERS
 from conntrackd.core.net import Conntrack
@@ -203,9 +203,8 @@ def judge_new(fw: Firewall, ct: Conn, data: bytes, iif: int, oif: int, now_ms: i
     ct.generation = fw.ruleset.generation
     if rule.mark >= 0:
         ct.mark = rule.mark
-    if rule.timeouts is not None and not ct.status & IPS_CONFIRMED:
-        ct.timeouts = rule.timeouts_number
-        ct.expires_ms = first_timeout(rule.timeouts, ct)
+    if rule.timeouts_number:
+        use_timeouts(fw.net, ct, rule.timeouts_number)
     if rule.helper:
         assign_helper(ct, HELPERS[rule.helper])
     if ct.help is not None and help_new_packet(fw.net, ct, data, False, now_ms) == NF_DROP:

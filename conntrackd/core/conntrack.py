@@ -49,9 +49,10 @@ from conntrackd.const import (
 )
 from conntrackd.core.conn import Conn, is_reply
 from conntrackd.core.helper import help_packet
-from conntrackd.core.net import Conntrack
+from conntrackd.core.net import Conntrack, settings_of
 from conntrackd.core.proto.generic import generic_packet
 from conntrackd.core.proto.gre import GreConn, gre_packet
+from conntrackd.core.proto.gre import set_timeouts as set_gre_timeouts
 from conntrackd.core.proto.icmp import HEADER as ICMP_HEADER
 from conntrackd.core.proto.icmp import NOT_AN_ERROR, icmp_error, icmp_packet
 from conntrackd.core.proto.icmpv6 import icmpv6_error, icmpv6_packet
@@ -59,11 +60,10 @@ from conntrackd.core.proto.sctp import SctpConn, sctp_packet
 from conntrackd.core.proto.sctp import state_timeout as sctp_state_timeout
 from conntrackd.core.proto.tcp import HEADER as TCP_HEADER
 from conntrackd.core.proto.tcp import RST, tcp_packet
-from conntrackd.core.proto.tcp import state_timeout as tcp_state_timeout
+from conntrackd.core.proto.tcp import first_timeout as first_tcp_timeout
 from conntrackd.core.proto.tcp_conn import TcpConn
 from conntrackd.core.proto.udp import UdpConn, udp_packet
 from conntrackd.core.proto.udplite import udplite_packet
-from conntrackd.core.sysctl import Sysctl
 from conntrackd.core.tuples import get_tuple, invert, transport_part
 from conntrackd.wire.ip import addresses, packet_length, transport
 
@@ -357,17 +357,23 @@ def gc(net: Conntrack, now_ms: int) -> int:
     return net.table.gc(now_ms)
 
 
-def first_timeout(sysctl: Sysctl, ct: Conn) -> int:
-    """Look up what a connection with other settings lives after its first packet, in ms."""
+def use_timeouts(net: Conntrack, ct: Conn, number: int) -> None:
+    """Let a new connection live by the settings of its rule, from its first packet on [nf_ct_timeout_lookup]."""
+    ct.timeouts = number
+    sysctl = settings_of(net, ct)
     protonum = ct.protonum
     if isinstance(ct, TcpConn):
-        return tcp_state_timeout(sysctl, ct.state)
-    if isinstance(ct, SctpConn):
-        return sctp_state_timeout(sysctl, ct.state)
-    if protonum == IPPROTO_UDP or protonum == IPPROTO_UDPLITE:
-        return sysctl.udp_timeout
-    if protonum == IPPROTO_ICMP:
-        return sysctl.icmp_timeout
-    if protonum == IPPROTO_ICMPV6:
-        return sysctl.icmpv6_timeout
-    return sysctl.gre_timeout if protonum == IPPROTO_GRE else sysctl.generic_timeout
+        ct.expires_ms = first_tcp_timeout(sysctl, ct)
+    elif isinstance(ct, SctpConn):
+        ct.expires_ms = sctp_state_timeout(sysctl, ct.state)
+    elif isinstance(ct, GreConn):
+        set_gre_timeouts(ct, sysctl)
+        ct.expires_ms = ct.timeout_ms
+    elif protonum == IPPROTO_UDP or protonum == IPPROTO_UDPLITE:
+        ct.expires_ms = sysctl.udp_timeout
+    elif protonum == IPPROTO_ICMP:
+        ct.expires_ms = sysctl.icmp_timeout
+    elif protonum == IPPROTO_ICMPV6:
+        ct.expires_ms = sysctl.icmpv6_timeout
+    else:
+        ct.expires_ms = sysctl.generic_timeout

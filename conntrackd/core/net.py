@@ -5,7 +5,7 @@ from typing import Final
 from conntrackd.core.conn import Conn
 from conntrackd.core.ecache import EventRing
 from conntrackd.core.stats import Stats
-from conntrackd.core.sysctl import Sysctl
+from conntrackd.core.sysctl import SETTINGS, TIMEOUTS, Sysctl
 from conntrackd.core.table import Table
 
 ZONE_MASK: Final = 0xFFFF
@@ -28,7 +28,14 @@ class Conntrack:
         self.broadcasts: dict[bytes, bytes] = {}
 
     def configure(self, sysctl: Sysctl) -> None:
-        """Use other settings from now on; a timeout counts from the next packet of a connection on."""
+        """Use other settings from now on; a timeout counts from the next packet of a connection on.
+
+        Of the settings of rules, only the timeouts are their own.
+        """
+        for own in self.timeouts:
+            for name in SETTINGS:
+                if name not in TIMEOUTS:
+                    setattr(own, name, getattr(sysctl, name))
         self.sysctl = sysctl
         self.table.sysctl = sysctl
         self.events.limit = sysctl.events_max

@@ -243,8 +243,8 @@ class Generations:
         inherit(ruleset, fw.ruleset, self.now_ms)
         self.failed_at = 0.0
         self.number = ruleset.generation
-        self._set_timeouts(ruleset)
         fw.net.configure(config.sysctl())
+        self._set_timeouts(ruleset)
         fw.ruleset = ruleset
         fw.revoked.clear()
         self.set_links()

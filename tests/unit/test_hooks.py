@@ -27,12 +27,13 @@ from conntrackd.const import (
 )
 from conntrackd.core.conntrack import conntrack_in
 from conntrackd.core.net import Conntrack
+from conntrackd.core.sysctl import Sysctl
 from conntrackd.core.tuples import get_tuple
 from conntrackd.hooks import DROPS_MAX, Firewall, is_revoked, post_routing, pre_routing, still_allowed
 from conntrackd.policy.compile import compile as compile_ruleset
 from tests.differential import packets
 from tests.differential.packets import ACK, RST, SYN
-from tests.unit.craft import CLIENT, SERVER, START_MS, error, icmpv6, tcp, udp
+from tests.unit.craft import CLIENT, SERVER, START_MS, error, gre, icmpv6, tcp, udp
 
 LAN, WAN = 1, 2
 
@@ -281,6 +282,63 @@ def test_recent_drops_are_bounded_and_the_newest_is_where_it_says(router: Router
     assert len(router.fw.drops) == DROPS_MAX
     assert min(entry[0] for entry in router.fw.drops) == START_MS + 10
     assert router.fw.drop_counts == {"ip_header": DROPS_MAX + 10}
+
+
+# --- Timeouts of a rule -----------------------------------------------------------------------------------------
+
+HURRIED = """\
+version = 1
+
+[[rule]]
+name = "hurried"
+action = "accept"
+timeouts = { gre_timeout = "7s", gre_timeout_stream = "9s", tcp_timeout_unacknowledged = "70s", udp_timeout = "8s" }
+"""
+
+
+@pytest.fixture
+def hurried() -> Router:
+    router = Router(HURRIED)
+    rule = router.fw.ruleset.by_name["hurried"]
+    assert rule.timeouts is not None
+    router.fw.net.timeouts.append(rule.timeouts)
+    rule.timeouts_number = 1
+    return router
+
+
+def left_ms(router: Router, data: bytes) -> int:
+    ct = router.table.get(get_tuple(data, 0))
+    assert ct is not None
+    return ct.expires_ms - router.now_ms
+
+
+def test_every_packet_of_gre_counts_by_the_timeouts_of_the_rule(hurried: Router) -> None:
+    lives = []
+    for back in False, False, True, True:
+        hurried.cross(gre(back=back), *((WAN, LAN) if back else (LAN, WAN)))
+        lives.append(left_ms(hurried, gre()))
+    assert lives == [7_000, 7_000, 7_000, 9_000]
+
+
+@pytest.mark.parametrize("win", [1000, 0])
+def test_connection_picked_up_in_the_middle_does_not_live_as_an_established_one(hurried: Router, win: int) -> None:
+    hurried.cross(tcp(ACK, 1, 1, win=win))
+    assert left_ms(hurried, tcp(ACK)) == 70_000
+    hurried.cross(tcp(ACK, 1, 1, win=win))
+    assert left_ms(hurried, tcp(ACK)) == 70_000
+
+
+def test_switches_of_the_tracker_count_for_connections_with_timeouts_of_their_own(hurried: Router) -> None:
+    hurried.cross(tcp(SYN, 0))
+    hurried.cross(tcp(SYN | ACK, 0, 1, back=True), WAN, LAN)
+    hurried.cross(tcp(ACK, 1, 1))
+    beyond = tcp(ACK, 100_000, 1)
+    assert hurried.enter(beyond) == DROP
+    settings = Sysctl()
+    settings.tcp_be_liberal = 1
+    hurried.fw.net.configure(settings)
+    assert hurried.enter(beyond) == MARK_ESTABLISHED
+    assert hurried.fw.net.timeouts[0].udp_timeout == 8_000
 
 
 # --- A new policy -----------------------------------------------------------------------------------------------

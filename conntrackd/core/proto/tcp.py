@@ -504,14 +504,21 @@ def choose_timeout(sysctl: Sysctl, ct: TcpConn, flags_of_both: int, index: int, 
     """Choose the timeout after an accepted segment, in ms."""
     timeout = state_timeout(sysctl, state)
     if ct.retrans >= sysctl.tcp_max_retrans and timeout > sysctl.tcp_timeout_max_retrans:
-        return sysctl.tcp_timeout_max_retrans
-    if index == RST_SET:
-        return sysctl.tcp_timeout_close
-    if flags_of_both & FLAG_DATA_UNACKNOWLEDGED and timeout > sysctl.tcp_timeout_unacknowledged:
-        return sysctl.tcp_timeout_unacknowledged
-    if ct.last_win == 0 and timeout > sysctl.tcp_timeout_max_retrans:
-        return sysctl.tcp_timeout_max_retrans
+        timeout = sysctl.tcp_timeout_max_retrans
+    elif index == RST_SET:
+        timeout = sysctl.tcp_timeout_close
+    elif flags_of_both & FLAG_DATA_UNACKNOWLEDGED and timeout > sysctl.tcp_timeout_unacknowledged:
+        timeout = sysctl.tcp_timeout_unacknowledged
+    elif ct.last_win == 0 and timeout > sysctl.tcp_timeout_max_retrans:
+        timeout = sysctl.tcp_timeout_max_retrans
+    if state == ESTABLISHED and timeout > sysctl.tcp_timeout_unacknowledged and not ct.status & IPS_SEEN_REPLY:
+        return sysctl.tcp_timeout_unacknowledged  # picked up in the middle, and nobody answers
     return timeout
+
+
+def first_timeout(sysctl: Sysctl, ct: TcpConn) -> int:
+    """Choose the timeout of a connection that is not confirmed yet, in ms, after the segments that it has seen."""
+    return choose_timeout(sysctl, ct, ct.orig_flags | ct.reply_flags, ct.last_index, ct.state)
 
 
 def tcp_packet(
@@ -636,8 +643,6 @@ def tcp_segment(
         if index == SYN_SET and old_state == SYN_SENT:
             # Retransmitted SYNs must not keep an entry for ever: the ports could not be used again.
             return NF_ACCEPT
-        if new_state == ESTABLISHED and timeout > sysctl.tcp_timeout_unacknowledged:
-            timeout = sysctl.tcp_timeout_unacknowledged  # picked up in the middle, and nobody answers
     elif (
         not ct.status & IPS_ASSURED and new_state == ESTABLISHED and (old_state == SYN_RECV or old_state == ESTABLISHED)
     ):
