@@ -122,6 +122,9 @@ def track(net: Conntrack, data: bytes, checksum: bool, zone: int, now_ms: int) -
             break  # a closed connection is reopened once: the one that takes its place is new
     if verdict != NF_ACCEPT:
         assert verdict >= INVALID
+        if ct.status != before or net.cached:  # by SCTP chunks in front of the one that spoiled the packet
+            ct.seen_ms = now_ms
+            changed(net, ct, before, now_ms)
         return verdict, None
     ct.seen_ms = now_ms
     if ctinfo == IP_CT_ESTABLISHED_REPLY:

@@ -1,6 +1,8 @@
 import pytest
 
 from conntrackd.const import (
+    CLOSED_FIN,
+    CLOSED_RST,
     INVALID_BAD_CHECKSUM,
     INVALID_L4_TRUNCATED,
     INVALID_SCTP_CHUNKS,
@@ -20,6 +22,7 @@ from conntrackd.core.proto.sctp import (
     COOKIE_ECHO,
     DATA,
     ERROR,
+    FLAG_T,
     HEARTBEAT,
     HEARTBEAT_ACK,
     IMPOSSIBLE,
@@ -33,6 +36,7 @@ from conntrackd.core.proto.sctp import (
     next_state,
 )
 from tests.differential.packets import chunk
+from tests.fuzz.invariants import check_table
 from tests.unit.craft import Talk, ip, sctp, sctp_init
 
 CLIENT_TAG = 0x11111111  # packets to the client carry it
@@ -106,6 +110,34 @@ def test_server_may_shut_down() -> None:
     talk.client(SHUTDOWN_ACK)
     talk.server(SHUTDOWN_COMPLETE)
     assert talk.state() == "CLOSED"
+
+
+@pytest.mark.parametrize(("kind", "state", "assured"), [(COOKIE_ACK, "ESTABLISHED", True), (ERROR, "CLOSED", False)])
+def test_what_a_chunk_has_done_stays_done_when_a_later_one_spoils_the_packet(
+    kind: int, state: str, assured: bool
+) -> None:
+    talk = Association()
+    talk.client(INIT)
+    talk.server(INIT_ACK)
+    talk.client(COOKIE_ECHO)
+    assert talk.send(sctp(CLIENT_TAG, chunk(kind), chunk(ABORT, FLAG_T), back=True)) == INVALID_SCTP_VTAG
+    assert (talk.state(), talk.status(IPS_ASSURED)) == (state, assured)
+    assert talk.net.cached == 0
+    check_table(talk.net, talk.now_ms)
+    # An association that may not be evicted is in no order of eviction, whatever comes next.
+    talk.client(DATA)
+    check_table(talk.net, talk.now_ms)
+
+
+def test_association_that_lives_again_after_an_abort_is_closed_in_order() -> None:
+    talk = Association().established()
+    talk.client(ABORT)
+    assert talk.the().ending == CLOSED_RST
+    talk.client(INIT)
+    talk.established().client(SHUTDOWN)
+    talk.server(SHUTDOWN_ACK)
+    talk.client(SHUTDOWN_COMPLETE)
+    assert (talk.state(), talk.the().ending) == ("CLOSED", CLOSED_FIN)
 
 
 def test_data_keeps_the_association_alive() -> None:

@@ -113,6 +113,9 @@ SCTP_CONNTRACKS: Final = _flatten()
 
 CHUNKS_MAX: Final = 1024  # chunks looked at in one packet: four bytes each in a capture of 3900
 
+# follow_chunks' answer when the packet passes without prolonging the association; NF_ACCEPT and reasons besides.
+CHUNKS_IGNORE: Final = 0
+
 # SctpConn.flags
 HEARTBEAT_VTAG_FAILED: Final = 1
 ABORTED: Final = 2  # the last state was reached by an ABORT
@@ -263,16 +266,32 @@ def sctp_packet(
         if reason:
             return reason
 
-    other = 1 - direction
-    vtag = u32(data, dataoff + 4)
     special = 1 << INIT | 1 << SHUTDOWN_COMPLETE | 1 << COOKIE_ECHO | 1 << ABORT
     special |= 1 << SHUTDOWN_ACK | 1 << HEARTBEAT | 1 << HEARTBEAT_ACK
-    if not types & special and vtag != ct.vtag[direction]:
+    if not types & special and u32(data, dataoff + 4) != ct.vtag[direction]:
         return INVALID_SCTP_VTAG  # RFC 9260 8.5
 
     first_state = ct.state
+    verdict = follow_chunks(ct, data, dataoff, direction, types)
+    if ct.state != first_state:  # also if a later chunk spoiled the packet
+        net.cached |= IPCT_PROTOINFO
+        ct.ending = ending(ct)
+    if verdict == CHUNKS_IGNORE:
+        return NF_ACCEPT
+    if verdict == NF_ACCEPT:
+        refresh(ct, state_timeout(settings_of(net, ct), ct.state), now_ms)
+        account(ct, direction == IP_CT_DIR_REPLY, length)
+    return verdict
+
+
+def follow_chunks(ct: SctpConn, data: bytes, dataoff: int, direction: int, types: int) -> int:
+    """Check the tag for each chunk of a packet, and move the state; what a chunk has done stays done.
+
+    Returns NF_ACCEPT, CHUNKS_IGNORE, or an INVALID reason.
+    """
+    other = 1 - direction
+    vtag = u32(data, dataoff + 4)
     ignore = False
-    new_state = NONE
     at = dataoff + HEADER
     for _ in range(CHUNKS_MAX):
         after = next_chunk(data, at)
@@ -343,14 +362,9 @@ def sctp_packet(
         ct.state = new_state
         if chunk == ABORT:
             ct.flags |= ABORTED
+        elif new_state != old_state:
+            ct.flags &= ~ABORTED
         if new_state == ESTABLISHED and old_state != ESTABLISHED:
             ct.status |= IPS_ASSURED
         at = after
-    if ct.state != first_state:
-        net.cached |= IPCT_PROTOINFO
-        ct.ending = ending(ct)
-    if ignore:
-        return NF_ACCEPT
-    refresh(ct, state_timeout(settings_of(net, ct), new_state), now_ms)
-    account(ct, direction == IP_CT_DIR_REPLY, length)
-    return NF_ACCEPT
+    return CHUNKS_IGNORE if ignore else NF_ACCEPT
