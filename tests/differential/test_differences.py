@@ -1,5 +1,7 @@
 """Every wanted difference from the kernel (docs/differences.md), shown on both sides where the kernel can show it."""
 
+import struct
+
 import pytest
 
 from conntrackd import const
@@ -13,6 +15,11 @@ from tests.differential.kernel import CLIENT, Router
 from tests.differential.packets import ACK, SYN
 
 SADDR, DADDR, _ = addresses(1, 4)
+
+# IPv6 extension headers without their first byte.
+FRAGMENT = (packets.FRAGMENT, b"\0" + struct.pack(">HI", 0, 7))
+MORE_FRAGMENTS = (packets.FRAGMENT, b"\0" + struct.pack(">HI", 1, 7))
+PADDING = (packets.HOP_BY_HOP, b"\x00\x01\x04" + bytes(4))
 
 
 def segment(flags: int, seq: int, ack: int = 0, ttl: int = 64) -> bytes:
@@ -58,6 +65,21 @@ def test_the_checksum_of_a_packet_that_is_cut_is_not_verified(size: int, differe
     datagram = packets.udp(SADDR, DADDR, 1, 2, bytes(size), bad=True)
     with Twin("default") as twin:
         assert twin.forward(CLIENT, packets.ip(SADDR, DADDR, 17, datagram), []) == difference
+
+
+@pytest.mark.parametrize(
+    ("headers", "length"),
+    [([FRAGMENT, MORE_FRAGMENTS], None), ([PADDING, MORE_FRAGMENTS], 0)],
+    ids=["reassembled", "jumbogram"],
+)
+def test_a_packet_with_a_fragment_header_left_is_a_fragment(
+    headers: list[tuple[int, bytes]], length: int | None
+) -> None:
+    saddr, daddr, _ = addresses(1, 6)
+    first, payload = packets.extended(headers, 17, packets.udp(saddr, daddr, 1, 2))
+    with Twin("default") as twin:
+        difference = twin.forward(CLIENT, packets.ipv6(saddr, daddr, first, payload, length=length), [])
+    assert difference == ("classification", "new", "fragment")
 
 
 def test_insert_counts_connections() -> None:
