@@ -94,6 +94,7 @@ class Firewall:
         self.net = net
         self.ruleset = ruleset
         self.checksum = True  # whether the packet in hand carries a checksum that nobody has verified; set by the edge
+        self.whole = 0  # its length, if it was cut on its way to us; set by the edge
         self.drop_counts: dict[str, int] = {}  # packets by reason
         self.unseen = 0  # packets that the second hook saw and the first had not
         # The most recent drops, newest at drops_next - 1: (now_ms, reason, rule, tuple, iif, oif).
@@ -121,7 +122,7 @@ def pre_routing(fw: Firewall, data: bytes, hook: int, iif: int, now_ms: int, mar
         return MARK_RELATED | MARK_REPLY
     # The router's own packets carry checksums that it made itself; the kernel does not verify them either.
     checksum = fw.checksum and hook == NF_INET_PRE_ROUTING
-    ctinfo, ct = conntrack_in(fw.net, data, checksum, now_ms, zone)
+    ctinfo, ct = conntrack_in(fw.net, data, checksum, now_ms, zone, fw.whole)
     if fw.rejudging and ct is not None and ct.status & IPS_CONFIRMED and not still_allowed(fw, ct, now_ms):
         return refuse(fw, fw.ruleset.by_name[ct.rule], DROPPED_REVOKED, data, packet_tuple(data), iif, 0, now_ms)
     if ctinfo == IP_CT_ESTABLISHED:

@@ -70,21 +70,22 @@ from conntrackd.wire.ip import addresses, packet_length, transport
 __all__ = ["Conntrack", "attach", "confirm", "conntrack_in", "gc"]
 
 
-def conntrack_in(net: Conntrack, data: bytes, checksum: bool, now_ms: int, zone: int = 0) -> tuple[int, Conn | None]:
+def conntrack_in(
+    net: Conntrack, data: bytes, checksum: bool, now_ms: int, zone: int = 0, whole: int = 0
+) -> tuple[int, Conn | None]:
     """Track a packet [nf_conntrack_in]: return its ctinfo and its connection.
 
-    `data` is the packet from its IP header on, perhaps less than the whole; then its checksum can't be verified.
-    `checksum` says whether it is to be: the router's own packets and what the hardware checked are not. Every packet is
-    counted once in `net.stats.ctinfo`.
+    `data` is the packet from its IP header on, perhaps less than the whole; then its checksum can't be verified, and
+    `whole` is its length, if that is known better than from its header. `checksum` says whether it is to be verified:
+    the router's own packets and what the hardware checked are not. Every packet is counted once in `net.stats.ctinfo`.
     """
-    ctinfo, ct = track(net, data, checksum, zone, now_ms)
+    ctinfo, ct = track(net, data, whole or packet_length(data), checksum, zone, now_ms)
     net.stats.ctinfo[ctinfo] += 1
     return ctinfo, ct
 
 
-def track(net: Conntrack, data: bytes, checksum: bool, zone: int, now_ms: int) -> tuple[int, Conn | None]:
+def track(net: Conntrack, data: bytes, length: int, checksum: bool, zone: int, now_ms: int) -> tuple[int, Conn | None]:
     """Do what conntrack_in says, without the count."""
-    length = packet_length(data)
     if length < len(data):
         data = data[:length]  # padding of the link is not part of the packet
     if not data:

@@ -29,6 +29,7 @@ NFQA_MARK: Final = 3
 NFQA_IFINDEX_INDEV: Final = 5
 NFQA_IFINDEX_OUTDEV: Final = 6
 NFQA_PAYLOAD: Final = 10
+NFQA_CAP_LEN: Final = 13  # the packet's length, if less than that is in the message
 NFQA_SKB_INFO: Final = 14
 
 # NFQA_SKB_INFO. Neither NOTVERIFIED nor NOTREADY (1, left for the hardware to finish): the hardware has verified it.

@@ -3,8 +3,8 @@
 NetfilterQueue binds the queue and sets it up. Its own receive loop is not used: it reads one packet per system call,
 into a buffer of 4096 bytes that must hold the kernel's metadata as well (a longer message is lost together with its
 place in the queue), and it hides whether a checksum is finished. Instead the messages are taken from its socket many
-at a time (mmsg.py) and read here. A payload is never given back to the kernel; the true lengths of a packet that is
-cut stand in its IP header.
+at a time (mmsg.py) and read here. A payload is never given back to the kernel; the true length of a packet that is
+cut stands beside it.
 
 Verdicts are not sent one by one either: they are collected, each with its own mark, and go out in one message when
 the socket is empty or the budget of the turn is spent. The kernel carries them out in their order.
@@ -29,6 +29,7 @@ from conntrackd.daemon.mark import Mark
 from conntrackd.daemon.mmsg import Inbox
 from conntrackd.daemon.nfnetlink import (
     MARK_HEAD,
+    NFQA_CAP_LEN,
     NFQA_IFINDEX_INDEV,
     NFQA_IFINDEX_OUTDEV,
     NFQA_MARK,
@@ -280,7 +281,7 @@ class Queue:
             if kind == NLMSG_ERROR and u32(message, 16) != 0:
                 self.verdict_errors += 1
             return
-        packet_id = hook = mark = iif = oif = info = 0
+        packet_id = hook = mark = iif = oif = info = whole = 0
         data = b""
         at = MESSAGE_HEADER
         end = len(message)
@@ -300,12 +301,15 @@ class Queue:
                 oif = u32(message, at + 4)
             elif kind == NFQA_SKB_INFO:
                 info = u32(message, at + 4)
+            elif kind == NFQA_CAP_LEN:
+                whole = u32(message, at + 4)
             at += (size + 3) & ~3
 
         self.packets += 1
         self.message_bytes += end
         try:
             self._fw.checksum = info & NFQA_SKB_CSUM_NOTVERIFIED != 0
+            self._fw.whole = whole
             if self.tracing is None:
                 bits = self.judge(data, hook, mark, iif, oif)
             else:

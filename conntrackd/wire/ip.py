@@ -30,15 +30,17 @@ EXTENSIONS_MAX: Final = 512
 
 
 def packet_length(data: bytes) -> int:
-    """Return the packet's length in bytes by its own header, IP header included; 0 if the header is unusable."""
+    """Return the packet's length in bytes by its own header, IP header included; 0 if the header is unusable.
+
+    Segments that the kernel has put together may be longer than 16 bits can say ("BIG TCP"); their header says 0, and
+    it is as much as there is. So it is for an IPv6 jumbogram, whose length stands in an option (RFC 2675).
+    """
     size = len(data)
     if size >= 20 and data[0] >> 4 == 4:
-        return u16(data, 2)
+        return u16(data, 2) or size
     if size >= 40 and data[0] >> 4 == 6:
         payload = u16(data, 4)
-        if payload == 0 and data[6] == HOP_BY_HOP:
-            return size  # a jumbogram keeps its length in a hop-by-hop option (RFC 2675)
-        return 40 + payload
+        return size if payload == 0 and data[6] == HOP_BY_HOP else 40 + payload
     return 0
 
 

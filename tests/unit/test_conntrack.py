@@ -223,6 +223,15 @@ def test_connection_that_ended_before_it_was_confirmed_is_dropped(net: Conntrack
     assert (net.table.count, net.stats.drop) == (0, 1)
 
 
+def test_length_of_what_was_cut_is_what_the_kernel_says(net: Conntrack) -> None:
+    """Segments put together to more than 64 KiB say 0 in their header."""
+    for number, whole in enumerate((0, 150_000)):
+        packet = packets.ipv4(CLIENT[4], SERVER[4], 6, tcp(SYN, sport=number)[20:], length=0)
+        _, ct = conntrack_in(net, packet, False, START_MS, 0, whole)
+        assert ct is not None
+        assert ct.bytes_orig == (whole or len(packet))
+
+
 def twins(net: Conntrack, first: bytes, second: bytes) -> tuple[Conn, Conn]:
     """Two unconfirmed connections that want the same tuples."""
     one = track(net, first)

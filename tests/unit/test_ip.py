@@ -109,8 +109,15 @@ def test_length_is_what_the_header_says_whatever_was_captured(family: int) -> No
     assert packet_length(packet + b"padding") == len(packet)
 
 
-def test_length_of_a_jumbogram_is_what_was_captured() -> None:
-    packet = packets.ipv6(CLIENT[6], SERVER[6], HOP_BY_HOP, bytes(70), length=0)
+@pytest.mark.parametrize(
+    "packet",
+    [
+        packets.ipv6(CLIENT[6], SERVER[6], HOP_BY_HOP, bytes(70), length=0),
+        packets.ipv4(CLIENT[4], SERVER[4], 6, bytes(90), length=0),
+    ],
+    ids=["jumbogram", "segments put together"],
+)
+def test_length_of_what_is_longer_than_its_header_can_say_is_what_was_captured(packet: bytes) -> None:
     assert packet_length(packet) == 110
 
 
