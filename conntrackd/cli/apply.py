@@ -1,6 +1,7 @@
 """`conntrackd apply`: put a configuration file in force, for good or on trial."""
 
 import argparse
+import os
 from typing import Any
 
 from conntrackd import api, config
@@ -55,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
         if not args.confirm and not args.force:
             remark("Nothing was changed: use --confirm 60s to try it, or --force.")
             return EXIT_FAILED
-    texts = [{"name": file.name, "text": file.text.decode()} for file in files]
+    # The daemon works in another directory, and the files of sets count from where the configuration is.
+    texts = [{"name": os.path.abspath(file.name), "text": file.text.decode()} for file in files]
     arguments: dict[str, Any] = {"files": texts, "confirm_ms": args.confirm}
     return change(api.socket_path(getattr(args, "socket", None)), "apply", arguments, args.output)

@@ -2,7 +2,8 @@
 
 A configuration is read, checked and compiled in a thread of its own, while packets go on under the policy in force.
 What is wrong with it is wrong before anything has changed. A generation that is to be confirmed and is not goes back by
-itself to the one before it.
+itself to the last one that was not on trial: what nobody has confirmed is never gone back to, or two trials, one after the
+other, would leave the first in force for good.
 """
 
 import sys
@@ -48,7 +49,7 @@ class Generation:
     at: float  # seconds since the epoch
     files: Sequence[SourceFile]
     rules: int
-    config: Config | None  # kept of the one in force and the one before it
+    config: Config | None  # kept of the one in force and of the one that is gone back to
     ended: str = ""  # replaced, rolled back
 
 
@@ -80,8 +81,10 @@ class Generations:
         self._notify = notify
         self.number = 1
         self.failed_at = 0.0  # when a policy was refused, in seconds since the epoch; 0 if the last one was not
+        self.failed_file = ""  # and which
         self._loading: Loading | None = None
         self._deadline_ms = 0  # of the generation that is to be confirmed; 0: there is none
+        self._previous: Generation | None = None  # what is gone back to
         self._sweep: Iterator[Conn] | None = None
         self.history = [_generation(1, "start", "conntrackd", config)]
         self.fingerprint = fingerprint(config)
@@ -118,7 +121,7 @@ class Generations:
         if self._loading is not None:
             raise api.RequestError("Another change of the policy is being loaded: try again.")
         if asked.command == "rollback":
-            if self._previous() is None:
+            if self._previous is None:
                 return iter([self._failed("There is no generation to go back to.")])
             return _outcome(self._roll_back(asked))
         if asked.command == "reload":
@@ -193,14 +196,9 @@ class Generations:
         loading.done = True
 
     def _roll_back(self, asked: Asked) -> Loading:
-        previous = self._previous()
-        assert previous is not None
+        assert self._previous is not None
         self._deadline_ms = 0
-        return self._load(Loading("timer" if asked is BY_TIMER else "rollback", asked, previous.config, 0))
-
-    def _previous(self) -> Generation | None:
-        before = self.history[-2] if len(self.history) > 1 else None
-        return before if before is not None and before.config is not None else None
+        return self._load(Loading("timer" if asked is BY_TIMER else "rollback", asked, self._previous.config, 0))
 
     def busy(self) -> bool:
         """Whether the loop is to come back soon: something is being loaded, or connections are judged anew."""
@@ -221,7 +219,8 @@ class Generations:
             loading.outcome = self._failed(message)
             loading.outcome.errors = [api.Mistake(**vars(error)) for error in errors]
             self.failed_at = time.time()
-            log.warning("policy_refused", how=loading.how, who=loading.asked.who(), errors=len(errors))
+            self.failed_file = loading.files[0].name if isinstance(loading.files, list) else self.file
+            log.warning("policy_refused", file=self.failed_file, how=loading.how, who=loading.asked.who(), errors=len(errors))
         else:
             loading.outcome = self._install(loading, loading.config, loading.ruleset)
         self._notify.reloaded(loading.outcome.message)
@@ -238,8 +237,10 @@ class Generations:
         """Put a policy in force. Nothing in here can fail."""
         fw, before = self._fw, self.history[-1]
         remarks = _needs_restart(before.config, config)
-        if loading.confirm_ms and self._deadline_ms:
-            remarks.append(f"Generation {self.number} was not confirmed and is what a rollback goes back to.")
+        previous = before
+        if self._deadline_ms and self._previous is not None:
+            previous = self._previous
+            remarks.append(f"Generation {self.number} was not confirmed: a rollback goes back to {previous.number}.")
         inherit(ruleset, fw.ruleset, self.now_ms)
         self.failed_at = 0.0
         self.number = ruleset.generation
@@ -253,8 +254,10 @@ class Generations:
         self._begin_rejudging(config)
         self._deadline_ms = self.now_ms + loading.confirm_ms if loading.confirm_ms else 0
         before.ended = "rolled back" if loading.how in ("rollback", "timer") else "replaced"
-        for entry in self.history[:-1]:
-            entry.config = None
+        for entry in self.history:
+            if entry is not previous:
+                entry.config = None
+        self._previous = previous
         who = "nobody confirmed" if loading.how == "timer" else f"{loading.asked.who()} (process {loading.asked.pid})"
         self.history.append(_generation(self.number, loading.how, who, config))
         del self.history[:-HISTORY_MAX]
@@ -271,7 +274,7 @@ class Generations:
             message = (
                 f"Generation {self.number} is in force for {loading.confirm_ms // 1000} s: "
                 "`conntrackd confirm` keeps it, otherwise generation "
-                f"{before.number} comes back."
+                f"{previous.number} comes back."
             )
         return api.Change(ok=True, generation=self.number, message=message, remarks=remarks)
 

@@ -123,12 +123,14 @@ class Health:
                 )
 
     def _policy(self) -> Iterator[api.Problem]:
-        if self._generations.failed_at:
+        generations = self._generations
+        if generations.failed_at:
             yield api.Problem(
                 name="reload_failed",
                 severity=WARNING,
-                message=f"A new policy was refused at {api.timestamp(self._generations.failed_at)} and generation "
-                f"{self._generations.number} is still in force: see `conntrackd check`.",
+                message=f"{generations.failed_file} was refused at {api.timestamp(generations.failed_at)[:19]} UTC, and "
+                f"generation {generations.number} is still in force: see `conntrackd check {generations.failed_file}`. "
+                "A `reload` or `apply` that succeeds ends this.",
             )
 
 

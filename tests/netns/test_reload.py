@@ -1,6 +1,7 @@
 """Changing the policy while traffic flows: at once, whole, and with a way back."""
 
 import json
+import shlex
 import socket
 import threading
 import time
@@ -145,6 +146,31 @@ def test_nobody_confirms(net: Network) -> None:
         assert [row["how"] for row in fw.json("history")] == ["start", "apply", "timer"]
         assert [row["state"] for row in fw.json("history")] == ["replaced", "rolled back", "in force"]
         assert fw.cli("confirm", check=False).returncode == 1
+
+
+def test_what_nobody_confirmed_is_not_gone_back_to(net: Network) -> None:
+    """Two trials, one after the other: when nobody confirms the second, the first does not stay for good."""
+    with daemon(net.router, ZONES + OUT) as fw:
+        fw.cli("apply", candidate(fw, ZONES + NO_WEB), "--confirm", "60s")
+        again = fw.cli("apply", candidate(fw, ZONES + NO_WEB + OUT), "--confirm", "1s")
+        assert "otherwise generation 1 comes back" in again.stdout
+        assert "Generation 2 was not confirmed: a rollback goes back to 1." in again.stderr
+        wait_until(lambda: generation(fw) == 4, "the timer goes back", 20.0)
+        assert in_force(fw) == ["out"]
+        fw.cli("apply", candidate(fw, ZONES + NO_WEB), "--confirm", "60s")
+        fw.cli("apply", candidate(fw, ZONES + NO_WEB + OUT))
+        fw.cli("rollback")
+        assert in_force(fw) == ["out"]
+
+
+def test_files_of_sets_count_from_the_file_that_is_applied(net: Network) -> None:
+    with daemon(net.router, ZONES + OUT) as fw:
+        (fw.directory / "bad.txt").write_text("192.0.2.0/24\n")
+        path = candidate(fw, ZONES + OUT + '[sets.bad]\nfile = "bad.txt"\n')
+        apply = shlex.join(map(str, fw.command("apply", path.name)))
+        fw.router.run("sh", "-c", f"cd {fw.directory} && {apply}")
+        assert fw.json("set", "list")[0]["configured"] == 1
+        assert fw.json("history")[-1]["file"] == str(path)
 
 
 def test_somebody_confirms(net: Network) -> None:
