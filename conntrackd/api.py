@@ -482,7 +482,7 @@ class RuleHits(msgspec.Struct):
     """A rule of the policy and how many new connections it decided."""
 
     name: str
-    action: str  # accept, drop
+    action: str  # accept, drop, reject, log, notrack
     hits: int
 
 

@@ -1,5 +1,6 @@
 """The files of a configuration: the main one and conf.d/*.toml beside it, merged, and where in them a key stands."""
 
+import os
 import re
 import tomllib
 from collections.abc import Sequence
@@ -23,17 +24,28 @@ class SourceFile(NamedTuple):
 def read(path: str | Path) -> list[SourceFile]:
     """Read a configuration file and conf.d/*.toml beside it, in the order of their names; raises ConfigErrors."""
     main = Path(path)
-    names = [main, *sorted(main.parent.joinpath("conf.d").glob("*.toml"))]
-    files, errors = [], []
+    folder = main.parent / "conf.d"
+    names, files, errors = [main], [], []
+    try:
+        # Not glob(), to which a folder that may not be read is empty: the policy would lack its rules, and nobody knew.
+        names += sorted(folder / name for name in os.listdir(folder) if name.endswith(".toml"))
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        errors.append(_unreadable(folder, error))
     for name in names:
         try:
             files.append(SourceFile(str(name), name.read_bytes()))
         except OSError as error:
-            sentence = f"the configuration cannot be read: {error.strerror}"
-            errors.append(ConfigError(str(name), 0, 0, 0, sentence, "", ""))
+            errors.append(_unreadable(name, error))
     if errors:
         raise ConfigErrors(errors)
     return files
+
+
+def _unreadable(path: Path, error: OSError) -> ConfigError:
+    sentence = f"the configuration cannot be read: {error.strerror}"
+    return ConfigError(str(path), 0, 0, 0, sentence, "", "")
 
 
 class Files:

@@ -20,7 +20,7 @@ def lint(config: Config, here: bool) -> list[ConfigError]:
     ruleset = compile_ruleset(config, 1)
     warnings = [*_rules(config, ruleset), *_unused(config), *_watch(config)]
     if here:
-        warnings += _zones_without_interface(config)
+        warnings += [config.files().error(("zones", zone), True, why, "") for zone, why in empty_zones(config).items()]
     return sorted(warnings, key=config.files().order)
 
 
@@ -187,15 +187,15 @@ def _watch(config: Config) -> list[ConfigError]:
     return [config.files().error(("rules", "watch"), False, message, "set at_start = 'install'")]
 
 
-def _zones_without_interface(config: Config) -> list[ConfigError]:
+def empty_zones(config: Config) -> dict[str, str]:
+    """Find the zones of which this machine has no interface: by their names, what is to be said."""
     names = [name for _, name in if_nameindex()]
-    warnings = []
+    found = {}
     for zone, section in config.zones.items():
         patterns = list(section.interfaces)
         if patterns and not any(best_pattern(name, patterns) for name in names):
-            message = f"zone {zone!r} is empty: this machine has no interface {any_of(patterns)}"
-            warnings.append(config.files().error(("zones", zone), True, message, ""))
-    return warnings
+            found[zone] = f"zone {zone!r} is empty: this machine has no interface {any_of(patterns)}"
+    return found
 
 
 # --- The connection one is on -----------------------------------------------------------------------------------------

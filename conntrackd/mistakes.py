@@ -85,6 +85,12 @@ def nearest(word: object, options: Sequence[str]) -> str:
     return f"did you mean {by_lower[found[0]]!r}?" if found else ""
 
 
+def sentence(message: str, hint: str) -> str:
+    """Put what is wrong, and a hint or "", into one sentence."""
+    text = f"{message}; {hint}" if hint else message
+    return text if text.endswith("?") else f"{text}."
+
+
 def any_of(options: Sequence[str]) -> str:
     """Join words for a sentence: `a, b or c`."""
     return " or ".join(filter(None, [", ".join(options[:-1]), options[-1]]))

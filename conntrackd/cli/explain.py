@@ -17,8 +17,10 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
     parser = subparsers.add_parser("explain", help="say which rule decides about a packet, and why; nothing is sent")
     parser.add_argument(
         "packet",
-        help="as 'tcp 10.0.0.5:1234 > 1.1.1.1:443 in lan out wan'. `in` and `out` are a zone or an interface; left "
-        "out, they are where the router's routes lead. `state related` or `state invalid` behind it asks for these",
+        nargs="+",
+        help="as 'tcp 10.0.0.5:1234 > 1.1.1.1:443 in lan out wan', in quotes or without the `>`. `in` and `out` are a "
+        "zone or an interface; left out, they are where the router's routes lead. `state related` or `state invalid` "
+        "behind it asks for these",
     )
     parser.add_argument("--config", metavar="FILE", help="ask this file, not the running daemon")
     parser.add_argument("-o", "--output", choices=["text", "json"], default="text")
@@ -29,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     """Say it; returns the exit code."""
     if args.config is not None:
         return _offline(args)
-    rows = api.request(api.socket_path(getattr(args, "socket", None)), "explain", {"packet": args.packet})
+    rows = api.request(api.socket_path(getattr(args, "socket", None)), "explain", {"packet": " ".join(args.packet)})
     if args.output == "json":
         json_array(rows)
         return EXIT_OK
@@ -44,7 +46,7 @@ def _offline(args: argparse.Namespace) -> int:
 
     try:
         ruleset = compile_ruleset(config.load(args.config), 1)
-        packet = parse(args.packet)
+        packet = parse(" ".join(args.packet))
         zones = [_zone(ruleset, "in", packet.way_in), _zone(ruleset, "out", packet.way_out)]
     except (config.ConfigErrors, ExplainError) as error:
         remark(str(error))

@@ -13,6 +13,7 @@ from conntrackd.daemon.links import Links
 from conntrackd.daemon.queue import Queue
 from conntrackd.daemon.statusanswers import queue_statuses
 from conntrackd.hooks import Firewall
+from conntrackd.policy.ruleset import ACTION_NAMES
 
 
 class Answers:
@@ -74,9 +75,6 @@ class Answers:
             ctinfo={name: stats.ctinfo[ctinfo] for ctinfo, name in CTINFO_NAMES.items()},
             drops=dict(self._fw.drop_counts),
             faults=self._faults.counts(),
-            rules=[
-                api.RuleHits(rule.name, "accept" if rule.accept else "drop", rule.hits)
-                for rule in self._fw.ruleset.rules
-            ],
+            rules=[api.RuleHits(rule.name, ACTION_NAMES[rule.action], rule.hits) for rule in self._fw.ruleset.rules],
             queues=queue_statuses(self._queues),
         )

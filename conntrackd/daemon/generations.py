@@ -2,8 +2,8 @@
 
 A configuration is read, checked and compiled in a thread of its own, while packets go on under the policy in force.
 What is wrong with it is wrong before anything has changed. A generation that is to be confirmed and is not goes back by
-itself to the last one that was not on trial: what nobody has confirmed is never gone back to, or two trials, one after the
-other, would leave the first in force for good.
+itself to the last one that was not on trial: what nobody has confirmed is never gone back to, or two trials, one after
+the other, would leave the first in force for good.
 """
 
 import sys
@@ -220,7 +220,9 @@ class Generations:
             loading.outcome.errors = [api.Mistake(**vars(error)) for error in errors]
             self.failed_at = time.time()
             self.failed_file = loading.files[0].name if isinstance(loading.files, list) else self.file
-            log.warning("policy_refused", file=self.failed_file, how=loading.how, who=loading.asked.who(), errors=len(errors))
+            log.warning(
+                "policy_refused", file=self.failed_file, how=loading.how, who=loading.asked.who(), errors=len(errors)
+            )
         else:
             loading.outcome = self._install(loading, loading.config, loading.ruleset)
         self._notify.reloaded(loading.outcome.message)

@@ -128,9 +128,9 @@ class Health:
             yield api.Problem(
                 name="reload_failed",
                 severity=WARNING,
-                message=f"{generations.failed_file} was refused at {api.timestamp(generations.failed_at)[:19]} UTC, and "
-                f"generation {generations.number} is still in force: see `conntrackd check {generations.failed_file}`. "
-                "A `reload` or `apply` that succeeds ends this.",
+                message=f"{generations.failed_file} was refused at {api.timestamp(generations.failed_at)[:19]} UTC, "
+                f"and generation {generations.number} is still in force: see "
+                f"`conntrackd check {generations.failed_file}`. A `reload` or `apply` that succeeds ends this.",
             )
 
 

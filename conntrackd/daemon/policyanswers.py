@@ -15,7 +15,7 @@ from conntrackd import api, values
 from conntrackd.daemon.control import Asked, arguments
 from conntrackd.daemon.links import Links
 from conntrackd.hooks import Firewall
-from conntrackd.mistakes import nearest
+from conntrackd.mistakes import nearest, sentence
 from conntrackd.policy.explain import ExplainError, explain, parse
 from conntrackd.policy.ruleset import ACCEPT, ACTION_NAMES
 from conntrackd.policy.sets import CONFIGURED, FOR_EVER, AddressSet
@@ -101,7 +101,7 @@ class PolicyAnswers:
             if name == where:
                 return ruleset.zone(index, number, len(address) == 16)
         options = [*ruleset.zones, *self._links.names.values()]
-        raise api.RequestError(f"There is no zone and no interface {where!r}{_hint(where, options)}.")
+        raise api.RequestError(sentence(f"There is no zone and no interface {where!r}", nearest(where, options)))
 
     # --- Sets -----------------------------------------------------------------------------------------------------
 
@@ -112,7 +112,7 @@ class PolicyAnswers:
         if action == "list" and not name:
             return iter([self._set_row(entry) for entry in sets.values()])
         if name not in sets:
-            raise api.RequestError(f"There is no set {name!r}{_hint(name, list(sets))}.")
+            raise api.RequestError(sentence(f"There is no set {name!r}", nearest(name, list(sets))))
         if action == "list":
             return self._entries(sets[name])
         if not asked.may_change():
@@ -121,7 +121,7 @@ class PolicyAnswers:
             network = values.network(args.address)
         except ValueError as wrong:
             context: dict[str, str] = getattr(wrong, "context", {})
-            raise api.RequestError(f"{context['message']}; {context['hint']}".rstrip("; ") + ".") from None
+            raise api.RequestError(sentence(context["message"], context["hint"])) from None
         entry, ipv6 = sets[name], network.version == 6
         address, length = int(network.network_address), network.prefixlen
         if action == "add":
@@ -165,11 +165,6 @@ class PolicyAnswers:
                     if left_s is None or left_s >= 0:
                         text = f"{address}/{prefixes.bits - shift}" if shift else address
                         yield api.SetEntry(text, ends_ms == CONFIGURED, left_s)
-
-
-def _hint(word: str, options: list[str]) -> str:
-    hint = nearest(word, options)
-    return f": {hint.rstrip('?')}" if hint else ""
 
 
 def _route(address: bytes, way: str) -> int:

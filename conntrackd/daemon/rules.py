@@ -256,14 +256,14 @@ def _restore(tool: str, text: str, *options: str) -> None:
 
 def _sentence(command: str, stderr: str) -> str:
     """Make one sentence from what iptables printed; its hints to upgrade or to read the help are left out."""
-    if not _may_administer():
+    if not may_administer():
         return f"{command} needs root (the capability CAP_NET_ADMIN)."
     lines = [line.strip() for line in stderr.splitlines()]
     said = [line for line in lines if line and not line.startswith(("#", "Perhaps"))]
     return f"{command} failed: {said[0].rstrip('.') if said else 'it gave no reason'}."
 
 
-def _may_administer() -> bool:
+def may_administer() -> bool:
     """Look at our own capabilities: what iptables prints without them differs from version to version."""
     found = re.search(r"^CapEff:\s*(\w+)$", OWN_STATUS.read_text(), re.MULTILINE)
     return found is None or bool(int(found[1], 16) >> CAP_NET_ADMIN & 1)

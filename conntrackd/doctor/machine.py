@@ -1,8 +1,10 @@
 """What the checks look at: the configuration, the daemon if it runs, and the rules of this network namespace."""
 
 import json
+import os
 import shutil
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -31,6 +33,8 @@ class Machine:
     status: api.Status | None = None
     in_force: list[str] = field(default_factory=list)  # texts of the configuration that the daemon has in force
     unreachable: str = ""  # why the daemon, which is there, does not say what it does
+    blind: bool = False  # we may not see the rules
+    elsewhere: bool = False  # the daemon is in another network namespace than we
     saved: dict[str, Saved] = field(default_factory=dict)  # by iptables command
     wanted: dict[str, Saved] = field(default_factory=dict)  # as it would be on a machine with our rules alone
     refused: dict[str, str] = field(default_factory=dict)  # why the kernel or iptables does not take our rules
@@ -67,6 +71,11 @@ def look(config_path: str, socket: str) -> Machine:
         pass
     except (api.RequestError, ValueError) as error:
         machine.unreachable = str(error)
+    machine.blind = not rules.may_administer()
+    if machine.status is not None:
+        with suppress(OSError):
+            here, there = (os.stat(f"/proc/{pid}/ns/net") for pid in ("self", machine.status.pid))
+            machine.elsewhere = here.st_ino != there.st_ino
     for tool in {**dict.fromkeys(rules.installed_tools()), **rules.families(machine.config)}:
         done = command(f"{tool}-save")
         if done is not None:

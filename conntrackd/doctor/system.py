@@ -13,6 +13,7 @@ import conntrackd
 from conntrackd.api import Diagnosis
 from conntrackd.daemon.queue import wanted_buffer
 from conntrackd.doctor.machine import ERROR, WARNING, Machine, command, number
+from conntrackd.lint import empty_zones
 
 CAPABILITIES: Final = {12: "CAP_NET_ADMIN", 13: "CAP_NET_RAW"}
 SO_RCVBUFFORCE: Final = 33
@@ -51,12 +52,23 @@ def daemon(machine: Machine) -> Iterator[Diagnosis]:
     elif machine.status is None:
         yield Diagnosis("daemon_not_running", WARNING, "The daemon does not run.", "`systemctl start conntrackd`.")
     else:
+        if machine.elsewhere:
+            pid = machine.status.pid
+            yield Diagnosis(
+                "other_namespace", ERROR,
+                f"The daemon (process {pid}) is in another network namespace: rules, queues, interfaces and routing of "
+                "this one were not looked at.",
+                f"`nsenter --net=/proc/{pid}/ns/net conntrackd doctor`.",
+            )  # fmt: skip
         for problem in machine.status.problems:
             yield Diagnosis(problem.name, problem.severity, problem.message, "See `conntrackd status`.")
 
 
 def capabilities(machine: Machine) -> Iterator[Diagnosis]:
     """Whether the daemon, or who would start it from here, may do what it must."""
+    if machine.blind:
+        text = "Only root sees iptables, nftables and the queues: rules, marks and other firewalls were not looked at."
+        yield Diagnosis("not_looked_at", WARNING, text, "Run doctor as root.")
     who, pid = ("The daemon", str(machine.status.pid)) if machine.status is not None else ("This user", "self")
     try:
         found = re.search(r"^CapEff:\s*(\w+)$", Path(f"/proc/{pid}/status").read_text(), re.M)
@@ -89,6 +101,15 @@ def memory(machine: Machine) -> Iterator[Diagnosis]:
         yield Diagnosis(
             "buffer_short", WARNING, f"The kernel would grant a queue {granted} bytes, not {wanted}.",
             f"`sysctl -w net.core.rmem_max={wanted}`, or run the daemon with CAP_NET_ADMIN.",
+        )  # fmt: skip
+
+
+def zones(machine: Machine) -> Iterator[Diagnosis]:
+    """Whether the interfaces that the configuration names are there."""
+    for sentence in empty_zones(machine.config).values():
+        yield Diagnosis(
+            "zone_empty", WARNING, f"{sentence[0].upper()}{sentence[1:]}.",
+            "See `ip link` for its name. One that comes later is found; until then no rule of this zone matches.",
         )  # fmt: skip
 
 

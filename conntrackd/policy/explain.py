@@ -6,7 +6,7 @@ from typing import Final, NamedTuple
 
 from conntrackd.const import IPPROTO_ICMP, IPPROTO_ICMPV6
 from conntrackd.core.tuples import PROTOCOL_NAMES, format_tuple
-from conntrackd.mistakes import any_of, nearest
+from conntrackd.mistakes import any_of, nearest, sentence
 from conntrackd.policy.match import in_traffic
 from conntrackd.policy.ruleset import (
     ACCEPT,
@@ -51,8 +51,11 @@ class Step(NamedTuple):
 
 
 def parse(text: str) -> Packet:
-    """Read `PROTOCOL SOURCE[:PORT] > DESTINATION[:PORT] [type N] [in WHERE] [out WHERE] [state STATE]`."""
-    found = re.fullmatch(r"\s*(\S+)\s+(\S+)\s*>\s*(\S+)((?:\s+(?:type|code|in|out|state)\s+\S+)*)\s*", text)
+    """Read `PROTOCOL SOURCE[:PORT] > DESTINATION[:PORT] [type N] [in WHERE] [out WHERE] [state STATE]`.
+
+    The `>` may be left out: a shell takes it away, and makes a file, where it is not in quotes.
+    """
+    found = re.fullmatch(r"\s*(\S+)\s+(\S+?)(?:\s*>\s*|\s+)(\S+)((?:\s+(?:type|code|in|out|state)\s+\S+)*)\s*", text)
     if not found:
         raise ExplainError(f"{text!r} is not understood ({HOW}).")
     protocol, source_text, target_text, rest = found.groups()
@@ -61,7 +64,8 @@ def parse(text: str) -> Packet:
     elif protocol.isascii() and protocol.isdigit() and int(protocol) < 256:
         protonum = int(protocol)
     else:
-        raise ExplainError(f"There is no protocol {protocol!r}; {nearest(protocol, list(PROTOCOL_NUMBERS)) or HOW}.")
+        hint = nearest(protocol, list(PROTOCOL_NUMBERS)) or HOW
+        raise ExplainError(sentence(f"There is no protocol {protocol!r}", hint))
     words = rest.split()
     more = dict(zip(words[::2], words[1::2], strict=True))
     source, source_port = _endpoint(source_text)
@@ -73,7 +77,8 @@ def parse(text: str) -> Packet:
     tail = b"\0\0\0\0"
     if protonum in WITH_PORTS:
         if target_port < 0:
-            raise ExplainError(f"Say which port: {target_text}:443, or [{target_text}]:443 for IPv6.")
+            place = f"[{ip_address(target)}]" if len(target) == 16 else target_text
+            raise ExplainError(f"Say which port: {place}:443.")
         tail = (source_port if source_port >= 0 else CLIENT_PORT).to_bytes(2, "big") + target_port.to_bytes(2, "big")
     elif protonum in WITH_TYPES:
         tail = b"\0\1" + bytes((_icmp_type(protonum, more.get("type", "echo-request")), _code(more.get("code", "0"))))

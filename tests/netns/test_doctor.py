@@ -154,6 +154,14 @@ def test_a_configuration_that_is_not_in_force(fw: Daemon) -> None:
     assert (code, set(found)) == (0, {"config_not_in_force"})
 
 
+def test_a_zone_without_an_interface(fw: Daemon) -> None:
+    fw.write_config(POLICY + '\n[zones.dmz]\ninterfaces = ["dmz0", "dmz1"]\n')
+    fw.cli("reload")
+    code, found = examined(fw)
+    assert (code, set(found)) == (0, {"zone_empty"})
+    assert found["zone_empty"]["message"] == "Zone 'dmz' is empty: this machine has no interface dmz0 or dmz1."
+
+
 def test_what_the_daemon_says_is_wrong(fw: Daemon) -> None:
     fw.write_config("version = 7\n")
     fw.cli("reload", check=False)
@@ -166,7 +174,18 @@ def test_missing_capabilities_and_memory(net: Network) -> None:
     with daemon(net.router, POLICY + f"\n[queue]\nsocket_buffer = {1 << 30}\n", start=False) as idle:
         code, found = examined(idle, "setpriv", "--bounding-set=-net_admin,-net_raw", "--inh-caps=-all")
         assert code == 1
-        assert {"capability_missing", "buffer_short", "kernel_refuses_rules"} <= set(found)
+        assert {"capability_missing", "buffer_short", "not_looked_at"} <= set(found)
+        assert {"kernel_refuses_rules", "rules_missing"}.isdisjoint(found)
+        text = net.router.run("setpriv", "--bounding-set=-all", *idle.command("doctor"), check=False).stdout
+        assert "rules: are in place" not in text
+
+
+def test_from_another_network_namespace(net: Network, fw: Daemon) -> None:
+    """What would be said of this namespace, as to install rules in it, is not said."""
+    command = fw.command("doctor", "--config", fw.config_path, "-o", "json")
+    done = net.client.run(*command, check=False)
+    found = {finding["name"] for finding in json.loads(done.stdout) if finding["severity"] != "ok"}
+    assert (done.returncode, found) == (1, {"other_namespace"})
 
 
 def test_without_iptables(shared: Daemon) -> None:

@@ -76,7 +76,7 @@ def test_what_a_set_refuses(net: Network) -> None:
     with daemon(net.router, text) as fw:
         for arguments, says in (
             (("add", "fwe", "192.0.2.1"), "did you mean 'few'"),
-            (("add", "few", "10.0.0.1/8"), "bits set behind its prefix"),
+            (("add", "few", "10.0.0.1/8"), "behind its prefix; did you mean '10.0.0.0/8'?\n"),
             (("add", "few", "x"), "no address or network"),
             (("del", "few", "192.0.2.0/24"), "stands in the configuration"),
             (("del", "few", "10.0.0.1"), "is not in few"),

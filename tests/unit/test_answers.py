@@ -4,8 +4,9 @@ from typing import Any
 
 import pytest
 
-from conntrackd import api, hooks
+from conntrackd import api, config, hooks
 from conntrackd.daemon.control import Asked
+from conntrackd.policy.compile import compile as compile_ruleset
 from tests.differential.packets import ACK, SYN
 from tests.unit import craft
 from tests.unit.answering import GONE, LAN, WAN, Lab
@@ -69,6 +70,14 @@ def test_stats_name_every_reason(lab: Lab) -> None:
     assert (stats["ctinfo"]["new"], stats["ctinfo"]["tcp_new"], stats["ctinfo"]["table_full"]) == (1, 1, 0)
     assert stats["drops"] == {"tcp_new": 1}
     assert {"name": "out", "action": "accept", "hits": 1} in stats["rules"]
+
+
+def test_stats_name_each_action(lab: Lab) -> None:
+    text = b"version = 1\n[policy]\ndefault = 'reject'\n[[rule]]\nname = 'a'\naction = 'log'\n"
+    lab.fw.ruleset = compile_ruleset(config.parse(text, "test.toml"), 2)
+    (stats,) = lab.ask("stats")
+    actions = {rule["name"]: rule["action"] for rule in stats["rules"]}
+    assert (actions["a"], actions["default-forward"], actions["default-input"]) == ("log", "reject", "drop")
 
 
 def test_unknown_command(lab: Lab) -> None:

@@ -647,6 +647,14 @@ def test_mistakes_in_a_file_of_a_set(tmp_path: Path) -> None:
     assert len(raised.value.errors) == 1 + config.SET_FILE_ERRORS
 
 
+def test_a_conf_d_that_cannot_be_read_is_not_an_empty_one(tmp_path: Path) -> None:
+    main, parts = tmp_path / "fw.toml", tmp_path / "conf.d"
+    main.write_text("version = 1\n")
+    parts.symlink_to(parts)
+    with pytest.raises(ConfigErrors, match=r"conf\.d: error: the configuration cannot be read: Too many levels"):
+        config.load(main)
+
+
 def test_conf_d(tmp_path: Path) -> None:
     main = tmp_path / "fw.toml"
     main.write_text('version = 1\n[zones]\nlan = { interfaces = "eth1" }\n[[rule]]\nname = "a"\naction = "drop"\n')

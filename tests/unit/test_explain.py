@@ -106,6 +106,7 @@ def test_the_defaults() -> None:
     ("text", "protonum", "source", "target", "tail"),
     [
         ("tcp 10.0.0.5:1234 > 1.1.1.1:443", 6, "10.0.0.5", "1.1.1.1", [0x04, 0xD2, 0x01, 0xBB]),
+        ("tcp 10.0.0.5:1234 1.1.1.1:443 in lan", 6, "10.0.0.5", "1.1.1.1", [0x04, 0xD2, 0x01, 0xBB]),
         ("udp 10.0.0.5>1.1.1.1:53 in lan", 17, "10.0.0.5", "1.1.1.1", [0x9C, 0x40, 0, 53]),
         ("tcp [2001:db8::1]:1 > [::1]:2 out self", 6, "2001:db8::1", "::1", [0, 1, 0, 2]),
         ("icmp 10.0.0.5 > 1.1.1.1", 1, "10.0.0.5", "1.1.1.1", [0, 1, 8, 0]),
@@ -124,7 +125,9 @@ def test_parse(text: str, protonum: int, source: str, target: str, tail: list[in
     [
         ("", "is not understood"),
         ("tcp 10.0.0.5", "is not understood"),
-        ("tpc 10.0.0.5 > 1.1.1.1:1", "did you mean 'tcp'"),
+        ("tcp 10.0.0.5 in lan", "is not understood"),
+        ("tpc 10.0.0.5 > 1.1.1.1:1", r"; did you mean 'tcp'\?$"),
+        ("tcp fd00::5 > fd00::1", r"Say which port: \[fd00::1\]:443\.$"),
         ("tcp 10.0.0.5 > 1.1.1.1", "Say which port"),
         ("tcp 10.0.0.5 > 1.1.1:1", "is no address"),
         ("tcp 10.0.0.5 > ::1", "different families"),
@@ -153,4 +156,5 @@ def test_the_command_asks_a_file(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[-1] == "=> out (accept): matches, as long as its limits allow"
     assert done.stdout.splitlines()[0] == "   udp (drop): it is tcp, not udp"
+    assert run("tcp", "10.0.0.5:1234", "1.1.1.1:443", "in", "lan", "out", "wan").stdout == done.stdout
     assert (run("tcp 10.0.0.5 > 1.1.1.1:443").returncode, run("x").returncode) == (2, 2)
