@@ -5,8 +5,8 @@ answer is a head, `{"v":1,"ok":true}` or `{"v":1,"ok":false,"error":"a sentence"
 the rows of the answer, a line each, then `{"end":true,"count":N}`; then the daemon closes. Commands: status
 and stats (one row each), flows, flow, count, kill, label, drops; events and trace, whose rows come when something
 happens, until the client closes; of the policy: rules, explain, set, config and history; and reload, apply, confirm and
-rollback, which answer when it is done. A request may have arguments, `"args":{...}`: the structs here whose names end
-in Args.
+rollback, which answer when it is done; let_go, after which iptables rules that are taken out stay out. A request may
+have arguments, `"args":{...}`: the structs here whose names end in Args.
 """
 
 import os

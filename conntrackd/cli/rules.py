@@ -21,7 +21,7 @@ def add_parser(subparsers: "argparse._SubParsersAction[argparse.ArgumentParser]"
         choices=["hits", "show", "install", "remove"],
         help="hits (the default): list the rules of the policy in force, and what each did; "
         "show: print what install loads; install: load our iptables chains, again and again if need be; "
-        "remove: take them all out (needs no configuration)",
+        "remove: take them all out (needs no configuration); a daemon that runs leaves them out until install",
     )
     parser.add_argument("--unused", action="store_true", help="hits: only rules that have decided nothing")
     parser.add_argument("-o", "--output", choices=["table", "json"], default="table", help="of hits")
@@ -38,7 +38,10 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         if args.action == "remove":
+            said = _let_go(api.socket_path(getattr(args, "socket", None)))
             rules.remove()
+            if said:
+                remark(said)
             return EXIT_OK
         checked = config.load(args.config or config.DEFAULT_FILE)
         if args.action == "show":
@@ -52,6 +55,20 @@ def run(args: argparse.Namespace) -> int:
         remark(str(error))
         return EXIT_FAILED
     return EXIT_OK
+
+
+def _let_go(path: str) -> str:
+    """Have a daemon that runs leave the rules out, which it would put back; returns what is to be said of it.
+
+    Removing them is the way out when something is broken: what keeps the daemon from listening does not keep us.
+    """
+    try:
+        (row,) = api.request(path, "let_go")
+    except api.DaemonNotRunningError:
+        return ""
+    except api.RequestError as error:
+        return f"The daemon could not be told, and may put the rules back (rules.watch): {error}"
+    return msgspec.json.decode(row, type=api.Done).message
 
 
 def _hits(args: argparse.Namespace) -> int:

@@ -169,6 +169,7 @@ class Daemon:
             self._tracing,
             self._generations,
             self._restart,
+            self._rules,
         )
         self._watch = TableWatch(self._net)
         self._huge_pages = HugePages()

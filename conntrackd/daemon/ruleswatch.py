@@ -2,6 +2,8 @@
 
 The kernel tells nobody when iptables-legacy changes something, so that one has to look. A thread does, for a moment and
 every few seconds, and no packet waits for it; the loop makes of it what there is to count and to say, once a second.
+
+What an operator takes out by `conntrackd rules remove` stays out until it is there again: the command asks us for that.
 """
 
 import threading
@@ -14,6 +16,7 @@ import structlog
 from conntrackd import api
 from conntrackd.config import Rules
 from conntrackd.daemon import rules
+from conntrackd.daemon.control import Asked
 from conntrackd.daemon.health import ERROR, WARNING
 from conntrackd.daemon.rulescheck import SHOWN, Deviation, Saved, compare, parse
 
@@ -52,10 +55,30 @@ class RulesWatch:
         self._pause_ms = 0  # between two repairs, after failures and in a fight
         self._fight = False  # another program undoes what we repair
         self._repairs_ms: list[int] = []  # when it repaired within the last minute
+        self._alone = False  # an operator takes the rules out,
+        self._alone_ms = 0  # and from when on rules in place mean that they were put back, or never taken out
 
     def begin(self, chains: dict[str, list[rules.Chain]], installed: dict[str, Saved]) -> None:
         """Watch these rules from now on, which were asked for and installed, by iptables command."""
         self._chains, self._installed = chains, installed
+
+    def rows(self, asked: Asked) -> Iterator[api.Done | None] | None:
+        """Begin to answer a command; None if it is another."""
+        if asked.command != "let_go":
+            return None
+        if not asked.may_change():
+            raise api.RequestError(f"Having the rules left out needs root, and you are {asked.who()}.")
+        log.warning("rules_left_alone", who=asked.who(), pid=asked.pid)
+        self._alone, self._alone_ms = True, 0
+        return self._answer()
+
+    def _answer(self) -> Iterator[api.Done | None]:
+        while self.busy():  # with a repair, perhaps, that was begun before
+            yield None
+        yield api.Done(
+            "The daemon runs on, and leaves the rules out until `conntrackd rules install` or its next start. "
+            "Until then packets pass unfiltered."
+        )
 
     def busy(self) -> bool:
         """Whether iptables is at work for us."""
@@ -80,7 +103,7 @@ class RulesWatch:
         elif self._installed and now_ms >= self._look_ms:
             self._look_ms = now_ms + settings.watch_every
             self._look = Look()
-            repair = settings.watch == "repair" and now_ms >= self._repair_ms
+            repair = settings.watch == "repair" and now_ms >= self._repair_ms and not self._alone
             self._thread = threading.Thread(target=self._work, args=(self._look, repair), name="rules", daemon=True)
             try:
                 self._thread.start()
@@ -107,7 +130,13 @@ class RulesWatch:
     def judge(self, look: Look, now_ms: int, every_ms: int) -> None:
         """Count and say what came of a look, and find out when rules may be put back again."""
         self._repairs_ms = [at for at in self._repairs_ms if now_ms - at < MINUTE_MS]
-        if look.wrong and look.wrong != self._wrong:
+        if self._alone:
+            if look.wrong:
+                self._alone_ms = now_ms
+            elif not self._alone_ms:
+                self._alone_ms = now_ms + MINUTE_MS
+            self._alone = bool(look.wrong or look.error) or now_ms < self._alone_ms
+        if look.wrong and look.wrong != self._wrong and not self._alone:
             self.changed += 1
             log.warning("rules_changed", what=[each.text for each in look.wrong])
         elif self._wrong and not look.wrong and not look.error:
@@ -142,6 +171,7 @@ class RulesWatch:
         if self._wrong:
             severity = WARNING if all(each.mild for each in self._wrong) else ERROR
             text = " ".join(each.text for each in self._wrong[:SHOWN])
-            yield api.Problem("rules_wrong", severity, f"{text} Run `conntrackd rules install`.")
+            why = "`conntrackd rules remove` was run here: " if self._alone else ""
+            yield api.Problem("rules_wrong", severity, f"{why}{text} Run `conntrackd rules install`.")
         if self._error:
             yield api.Problem("rules_not_watched", ERROR, f"Nobody sees what becomes of the rules: {self._error}")

@@ -121,6 +121,18 @@ def test_off_it_does_nothing_until_a_reload_wants_it(net: Network) -> None:
         wait_until(lambda: "rules_wrong" not in problems(fw), "nobody asks any more")
 
 
+def test_what_the_operator_takes_out_stays_out(net: Network) -> None:
+    with daemon(net.router, watching("repair")) as fw:
+        assert "leaves the rules out until `conntrackd rules install`" in fw.cli("rules", "remove").stderr
+        wait_until(lambda: "was run here" in problems(fw).get("rules_wrong", ""), "a look finds them gone")
+        assert not [rule for family in TOOL for rule in rules(net, family) if "CONNTRACKD" in rule]
+        fw.install_rules()
+        fw.wait_for_log('"event": "rules_in_place"')
+        assert lines(fw, "rules_changed") == []
+        net.router.run(TOOL[4], "-t", "raw", "-F")
+        fw.wait_for_log('"event": "rules_repaired"')
+
+
 def test_rules_that_are_left_to_the_operator_are_not_watched(net: Network) -> None:
     with daemon(net.router, watching("repair", 'at_start = "leave"\n')) as fw:
         time.sleep(2)

@@ -3,6 +3,8 @@
 import pytest
 from structlog.testing import capture_logs
 
+from conntrackd import api
+from conntrackd.daemon.control import Asked
 from conntrackd.daemon.rulescheck import Deviation, Saved, compare, parse
 from conntrackd.daemon.ruleswatch import MINUTE_MS, PAUSE_MAX_MS, REPAIRS_MAX, Look, RulesWatch
 
@@ -145,6 +147,38 @@ def test_failures_are_tried_again_more_and_more_slowly() -> None:
     with capture_logs() as lines:
         watch.judge(Look(error="No."), 0, EVERY_MS)
     assert lines[0]["again_in_seconds"] == 20
+
+
+def let_go(watch: RulesWatch) -> None:
+    answer = watch.rows(Asked("let_go", {}, 1, 0))
+    assert answer is not None
+    assert "unfiltered" in str(list(answer))
+
+
+def test_what_an_operator_takes_out_is_no_change_and_comes_back_by_an_operator() -> None:
+    watch = RulesWatch()
+    let_go(watch)
+    assert events(watch, Look(), 0) == []  # it looked before they were gone
+    assert events(watch, Look(WRONG), EVERY_MS) == []
+    (problem,) = watch.problems()
+    assert problem.message.startswith("`conntrackd rules remove` was run here: Nothing in raw")
+    assert events(watch, Look(error="No."), 9 * EVERY_MS) == ["rules_not_watched"]
+    assert events(watch, Look(), 10 * EVERY_MS) == ["rules_in_place"]
+    assert events(watch, Look(WRONG), 11 * EVERY_MS) == ["rules_changed"]
+    assert watch.changed == 1
+
+
+def test_rules_that_nobody_takes_out_after_all_are_watched_again() -> None:
+    watch = RulesWatch()
+    let_go(watch)
+    for now_ms in range(0, MINUTE_MS + 1, EVERY_MS):
+        assert events(watch, Look(), now_ms) == []
+    assert events(watch, Look(WRONG), MINUTE_MS + EVERY_MS) == ["rules_changed"]
+
+
+def test_only_root_has_the_rules_left_out() -> None:
+    with pytest.raises(api.RequestError, match="needs root, and you are"):
+        RulesWatch().rows(Asked("let_go", {}, 1, 65534))
 
 
 def test_a_fight_slows_down_and_calms_down() -> None:
