@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -168,6 +168,46 @@ def test_queues_with_other_numbers_are_bound_anew(net: Network, fw: Daemon) -> N
     wait_until(lambda: "70" in fw.router.run("iptables-legacy-save").stdout, "the rules name the new queues")
     near, far = tcp_pair(net.client, net.server, 4, 7)
     talk(near, far, b"hello")
+
+
+def commands(parent: int) -> dict[int, str]:
+    """The command lines of a process's children, by their ids."""
+    found = {}
+    for child in Path(f"/proc/{parent}/task").glob("*/children"):
+        for pid in child.read_text().split():
+            with suppress(FileNotFoundError, ProcessLookupError):
+                found[int(pid)] = Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
+    return found
+
+
+def test_it_waits_for_iptables_that_is_at_work_for_us(net: Network, tmp_path: Path) -> None:
+    """A repair under way is waited for, as long as another iptables holds the lock: nobody would learn its end."""
+    lock = tmp_path / "xtables.lock"
+    watching = f'{POLICY}\n[rules]\nwatch_every = "1s"\n'
+    with daemon(net.router, watching, env={"XTABLES_LOCKFILE": str(lock)}) as fw:
+        assert fw.process is not None
+        pid = fw.process.pid
+        holder = net.router.start("flock", lock, "sh", "-c", "echo held; exec sleep 600")
+        holder.wait_for_output("held")
+        net.router.run("iptables-legacy", "-t", "raw", "-F", "PREROUTING")
+        repairs = wait_until(
+            lambda: {child for child, line in commands(pid).items() if "-restore" in line},
+            "iptables waits for the lock",
+        )
+        fw.process.signal(signal.SIGUSR2)
+        wait_until(
+            lambda: any("--rehearse" in line for line in commands(pid).values()), "the next process is tried out"
+        )
+        wait_until(lambda: not any("--rehearse" in line for line in commands(pid).values()), "it was")
+        time.sleep(0.3)  # turns of the loop in which it would be due
+        handed_over = "handing_over" in fw.log()
+        assert not (handed_over and repairs & commands(pid).keys())
+        holder.kill()
+        wait_until(lambda: restarts(fw) == 1, "the new process has begun")
+        fw.wait_for_log('"event": "ready"', 2)
+        near, far = tcp_pair(net.client, net.server, 4, 7)
+        talk(near, far, b"hello")
+        assert fw.flow("tcp", dport=7)
 
 
 @pytest.mark.parametrize("orderly", [True, False], ids=["stop", "crash"])
