@@ -21,7 +21,9 @@ fail() { echo "FAILED: $*" >&2; exit 1; }
 inside() { chroot "$root" env -i PATH=/usr/sbin:/usr/bin:/sbin:/bin DEBIAN_FRONTEND=noninteractive "$@"; }
 ours() { inside iptables-legacy-save | grep -c CONNTRACKD || true; }
 
-serves() { # start the daemon, look at it, and stop it
+pid() { inside conntrackd status -o json | sed -n 's/.*"pid": \([0-9]*\).*/\1/p'; }
+
+begin() { # start the daemon
     inside conntrackd run & # its process is the one that ends with the namespace at the latest
     tries=0
     until inside conntrackd status >/dev/null 2>&1; do
@@ -30,7 +32,10 @@ serves() { # start the daemon, look at it, and stop it
     done
     inside conntrackd status | head -1
     until [ "$(ours)" -gt 0 ]; do sleep 0.1; done
-    kill -TERM "$(inside conntrackd status -o json | sed -n 's/.*"pid": \([0-9]*\).*/\1/p')"
+}
+
+end() { # stop it
+    kill -TERM "$(pid)"
     wait $! || fail "the daemon did not stop in order"
 }
 
@@ -41,16 +46,25 @@ inside conntrackd --version | grep compiled || fail "not compiled"
 inside conntrackd check /etc/conntrackd/conntrackd.toml
 inside getent passwd conntrackd
 [ ! -e "$root/etc/systemd/system/multi-user.target.wants/conntrackd.service" ] || fail "enabled without being asked"
-serves
+begin
+end
 
 say "upgrade: what the operator wrote stays"
 echo "# mine" >> "$root/etc/conntrackd/conntrackd.toml"
 dpkg-deb -R "$package" "$work/next"
 sed -i 's/^Version: .*/&+next/' "$work/next/DEBIAN/control"
 dpkg-deb -b "$work/next" "$root/tmp/next.deb" >/dev/null
+begin
+runs=$(pid)
 inside dpkg -i --force-confold /tmp/next.deb
 grep -q "# mine" "$root/etc/conntrackd/conntrackd.toml" || fail "the configuration was replaced"
-serves
+
+say "upgrade: the daemon that runs is not stopped, and goes on as the new program when it is restarted"
+[ "$(pid)" = "$runs" ] && [ "$(ours)" -gt 0 ] || fail "it was stopped, or its rules removed"
+inside conntrackd restart
+inside conntrackd status | head -1
+[ "$(pid)" = "$runs" ] || fail "another process runs"
+end
 
 say "remove: the rules go, the configuration stays"
 [ "$(ours)" -gt 0 ] || fail "there were no rules to remove"
