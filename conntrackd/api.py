@@ -709,7 +709,7 @@ def _asked(path: str, command: str, args: dict[str, Any], timeout_s: float) -> I
         except TimeoutError:
             raise RequestError(f"conntrackd gave no answer on {path} within {timeout_s:.0f} s.") from None
         except OSError as error:
-            raise RequestError(f"Speaking to conntrackd on {path} failed: {error.strerror}.") from None
+            raise RequestError(f"Speaking to conntrackd on {path} failed: {error.strerror or error}.") from None
 
 
 def _answer(lines: Iterator[bytes]) -> Iterator[bytes]:

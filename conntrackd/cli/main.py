@@ -7,8 +7,10 @@ code`. Only the module of the command in use is imported: the client answers in 
 import argparse
 import importlib
 import os
+import re
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from conntrackd.cli.output import EXIT_FAILED, EXIT_NOT_RUNNING, EXIT_OK, EXIT_USAGE, remark
 
@@ -43,6 +45,17 @@ COMMANDS = {
 }
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says of a wrong word which right one is near it, where argparse lists them all."""
+
+    def error(self, message: str) -> NoReturn:
+        from conntrackd.mistakes import nearest
+
+        found = re.fullmatch(r"(.*): invalid choice: '(.*)' \(choose from (.*)\)", message, re.DOTALL)
+        hint = nearest(found[2], re.findall(r"'([^']*)'", found[3])) if found else ""
+        super().error(f"{found[1]}: there is no {found[2]!r}; {hint}" if found and hint else message)
+
+
 class _Version(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
         from importlib.metadata import version
@@ -55,7 +68,7 @@ class _Version(argparse.Action):
 
 def build_parser(words: Sequence[str]) -> argparse.ArgumentParser:
     """Make the parser for these words of a command line; the others have a name only."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="conntrackd",
         description="A stateful firewall daemon whose connection tracker runs in userspace.",
         epilog="Exit codes: 0 done, 1 failed, 2 usage or configuration, 3 the daemon is not running.",

@@ -45,7 +45,9 @@ COUNTERS: Final = {
     "suspended": Counter(WARNING, "The machine slept, {count} times: see [exception] suspend for what has expired."),
     "clock_set": Counter(WARNING, "The wall clock was set {count} times; nothing but the times in answers goes by it."),
     "interface_gone": Counter(
-        WARNING, "{count} interfaces of zones went, or lost their names: their rules rest until they are back."
+        WARNING,
+        "{count} interfaces of zones went, or lost their names: their rules rest until they are back. "
+        "Which, says links_changed in the log.",
     ),
     "reject_unanswered": Counter(
         WARNING,
@@ -137,4 +139,5 @@ class Faults:
 
 
 def _message(name: str, count: int) -> str:
-    return COUNTERS[name].message.format(count=count)
+    message = COUNTERS[name].message
+    return (message.replace("{count} times", "once") if count == 1 else message).format(count=count)

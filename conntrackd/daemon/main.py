@@ -269,7 +269,7 @@ class Daemon:
         """Say that we are ready, for packets come now; or end, because they do not."""
         self._starting = None
         if job.error:
-            log.warning("rules_not_installed", error=job.error)
+            log.error("rules_not_installed", error=job.error)
             self._failed = True
             self._stop = signal.SIGTERM
             return
@@ -288,11 +288,13 @@ class Daemon:
         self._stop = number
 
     def _on_links(self, _events: int) -> None:
+        before = set(self._links.names.values())
         renamed = self._links.read()
         self._net.broadcasts = self._links.broadcasts
         if renamed:
             self._generations.set_links()
-            log.info("links_changed", interfaces=sorted(self._links.names.values()))
+            now = set(self._links.names.values())
+            log.info("links_changed", came=sorted(now - before), gone=sorted(before - now), interfaces=sorted(now))
 
     def _read_clock(self) -> int:
         """Read the clock once for everything that this wake-up does."""
@@ -320,7 +322,8 @@ class Daemon:
                 self._serve()
             except MemoryError:
                 self._save_memory()
-        log.info("stopping", signal=signal.Signals(self._stop).name)
+        why = {"error": "rules_not_installed"} if self._failed else {"signal": signal.Signals(self._stop).name}
+        log.info("stopping", **why)
         self._notify.stopping()
         self._leave_rules()
         self._drain()

@@ -255,6 +255,7 @@ def test_an_interface_that_goes_and_comes_back_with_another_number(net: Network,
     net.router.run("ip", "link", "del", "wan")
     wait_until(lambda: "wan" not in {link["name"] for link in fw.status()["interfaces"]}, "it is gone")
     wait_for_problem(fw, "interface_gone")
+    fw.wait_for_log('"gone": ["wan"]')
     net.router.run("ip", "link", "add", "filler", "type", "veth", "peer", "name", "filler2")
     net.router.run("ip", "link", "add", "wan", "type", "veth", "peer", "name", "eth0", "netns", net.server.netns)
     net.router.run("ip", "addr", "add", "10.2.0.1/24", "dev", "wan")

@@ -118,6 +118,7 @@ def test_rules_that_cannot_be_installed_end_the_start(net: Network, manager: Man
         # `ip` itself is found; iptables is in /usr/sbin.
         assert process.wait() == 1
         assert "iptables" in process.output()
+        assert "SIGTERM" not in process.output()  # which nobody has sent
         assert not any("READY" in said for said in manager.listen())
         assert fw.queues() == {}
 

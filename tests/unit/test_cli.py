@@ -144,6 +144,25 @@ def test_usage(words: tuple[str, ...]) -> None:
     assert "usage: conntrackd" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (("statsu",), "argument COMMAND: there is no 'statsu'; did you mean 'stats'?"),
+        (("flows", "--sort", "byts"), "argument --sort: there is no 'byts'; did you mean 'bytes'?"),
+        (("xyzzy",), "invalid choice: 'xyzzy' (choose from 'run', "),
+    ],
+)
+def test_a_word_that_is_nearly_right(words: tuple[str, ...], says: str) -> None:
+    done = conntrackd(*words)
+    assert done.returncode == 2
+    assert says in done.stderr
+
+
+def test_a_socket_path_that_is_too_long(tmp_path: Path) -> None:
+    done = conntrackd("--socket", f"{tmp_path}/{'x' * 120}", "status")
+    assert (done.returncode, "path too long" in done.stderr) == (1, True)
+
+
 def test_version() -> None:
     done = conntrackd("--version")
     assert (done.returncode, done.stdout.split()[0]) == (0, "conntrackd")

@@ -85,6 +85,7 @@ def test_a_loop_that_comes_late_stood_still_unless_the_machine_slept(faults: Wat
     faults.look(BEGIN + HELD_UP_MS)
     assert faults.look(BEGIN + 100 * HELD_UP_MS, slept=True) == []
     assert faults.look(BEGIN + 102 * HELD_UP_MS) == ["held_up"]
+    assert "more than a second, once:" in next(faults.problems()).message
     assert faults.counts()["held_up"] == 1
 
 
