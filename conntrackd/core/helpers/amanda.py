@@ -32,8 +32,8 @@ class Amanda(Helper):
         verdict = NF_ACCEPT
         for port in announced_ports(message.payload):
             expect = expect_from(ct, 0, IPPROTO_TCP, source(ct.orig), ANY_PORT, destination(ct.orig), port)
-            inserted = net.table.expectations.insert(expect, False, net.sysctl.expect_max, now_ms)
-            verdict = NF_ACCEPT if inserted == EXPECT_OK else NF_DROP
+            if net.table.expectations.insert(expect, False, net.sysctl.expect_max, now_ms) != EXPECT_OK:
+                verdict = NF_DROP
         return verdict
 
 

@@ -26,9 +26,10 @@ class Exchange:
 class Scene:
     """Two ends and a third party, a dice, and the packets so far."""
 
-    def __init__(self, rng: random.Random, index: int, family: int) -> None:
+    def __init__(self, rng: random.Random, index: int, family: int, crowded: bool = False) -> None:
         self.rng = rng
         self.family = family
+        self.crowded = crowded  # others announce ports of the same ends, too
         client, server, self.third = addresses(index, family)
         self.ends = (client, server)
         self.steps: Steps = []
@@ -40,6 +41,8 @@ class Scene:
         return str(ip_address(self.ends[end]))
 
     def port(self) -> int:
+        if self.crowded:
+            return self.rng.choice((5000, 5000, 5001, 5002, 1024))
         return self.rng.choice((self.rng.randrange(1024, 65536), self.rng.randrange(1024, 1100), 20, 1023))
 
     def udp(self, side: int, sport: int, dport: int, payload: bytes, source: bytes = b"") -> None:
@@ -526,3 +529,25 @@ def exchange(seed: int, index: int, names: tuple[str, ...] = tuple(SCENES)) -> E
     scene = Scene(rng, index, rng.choice(families))
     write(scene)
     return Exchange(name, scene.steps)
+
+
+def crowd(seed: int, index: int, names: tuple[str, ...] = tuple(SCENES)) -> Exchange:
+    """Write several conversations of the same two ends, in turns: what they announce gets in each other's way."""
+    rng = random.Random(f"{seed} {index} crowd")
+    family = rng.choice(SCENES[rng.choice(names)][1])
+    names = tuple(name for name in names if family in SCENES[name][1])
+    chosen = [rng.choice(names) for _ in range(rng.choice((2, 2, 3)))]
+    if rng.random() < 0.5:
+        chosen = chosen[:1] * len(chosen)
+    waiting = []
+    for number, name in enumerate(chosen):
+        scene = Scene(random.Random(f"{seed} {index} {number}"), index, family, crowded=True)
+        SCENES[name][0](scene)
+        waiting.append(scene.steps)
+    steps: Steps = []
+    while waiting := [steps_left for steps_left in waiting if steps_left]:
+        steps_left = rng.choice(waiting)
+        turn = rng.choice((1, 1, 2, 5))
+        steps += steps_left[:turn]
+        del steps_left[:turn]
+    return Exchange(" and ".join(chosen), steps)
