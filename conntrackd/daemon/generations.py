@@ -66,6 +66,7 @@ class Loading:
         self.ruleset: Ruleset | None = None
         self.errors: ConfigErrors | None = None
         self.failure = ""
+        self.lasts = True  # the daemon's own file, which the next start reads, is the same
         self.outcome: api.Change | None = None
 
 
@@ -85,6 +86,7 @@ class Generations:
         self._loading: Loading | None = None
         self._deadline_ms = 0  # of the generation that is to be confirmed; 0: there is none
         self._previous: Generation | None = None  # what is gone back to
+        self._lasts = True  # the policy in force is that of the daemon's own file
         self._sweep: Iterator[Conn] | None = None
         self.history = [_generation(1, "start", "conntrackd", config)]
         self.fingerprint = fingerprint(config)
@@ -135,7 +137,15 @@ class Generations:
             return self._failed("No generation waits to be confirmed.")
         self._deadline_ms = 0
         log.info("policy_confirmed", generation=self.number, who=asked.who(), pid=asked.pid)
-        return api.Change(ok=True, generation=self.number, message=f"Generation {self.number} stays.")
+        message = f"Generation {self.number} stays."
+        return api.Change(ok=True, generation=self.number, message=message, remarks=self._goes_at_next_start())
+
+    def _goes_at_next_start(self) -> list[str]:
+        """Say so if the daemon's own file is another than the policy in force."""
+        if self._lasts:
+            return []
+        prints = f"`conntrackd history {self.number}` prints what is in force, to be put there"
+        return [f"The next start reads {self.file}, which is another: {prints}."]
 
     def _failed(self, sentence: str) -> api.Change:
         return api.Change(ok=False, generation=self.number, message=sentence)
@@ -188,12 +198,20 @@ class Generations:
             else:
                 loading.config = config_file.check(loading.files or read(self.file))
             loading.ruleset = compile_ruleset(loading.config, self.number + 1)
+            loading.lasts = loading.files is None or self._is_own_file(loading.config)
         except ConfigErrors as errors:
             loading.errors = errors
         except Exception:
             log.exception("policy_failed")
             loading.failure = "The configuration could not be loaded because of a fault of conntrackd: see its log."
         loading.done = True
+
+    def _is_own_file(self, config: Config) -> bool:
+        try:
+            own = read(self.file)
+        except ConfigErrors:
+            return False
+        return [file.text for file in own] == [file.text for file in config.files().files]
 
     def _roll_back(self, asked: Asked) -> Loading:
         assert self._previous is not None
@@ -253,6 +271,7 @@ class Generations:
         self.set_links()
         self.accept_on_error = config.exception.internal_error == "accept"
         self.fingerprint = fingerprint(config)
+        self._lasts = loading.lasts
         self._begin_rejudging(config)
         self._deadline_ms = self.now_ms + loading.confirm_ms if loading.confirm_ms else 0
         before.ended = "rolled back" if loading.how in ("rollback", "timer") else "replaced"
@@ -270,6 +289,7 @@ class Generations:
             who=who,
             rules=len(config.rule),
             confirm_seconds=loading.confirm_ms // 1000,
+            lasts=loading.lasts,
         )
         message = f"Generation {self.number} is in force."
         if loading.confirm_ms:
@@ -278,6 +298,8 @@ class Generations:
                 "`conntrackd confirm` keeps it, otherwise generation "
                 f"{previous.number} comes back."
             )
+        else:
+            remarks += self._goes_at_next_start()
         return api.Change(ok=True, generation=self.number, message=message, remarks=remarks)
 
     def config(self) -> Config:

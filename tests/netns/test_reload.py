@@ -182,6 +182,19 @@ def test_somebody_confirms(net: Network) -> None:
         assert (generation(fw), in_force(fw)) == (2, ["no-web"])
 
 
+def test_what_the_next_start_would_not_find_is_said(net: Network) -> None:
+    with daemon(net.router, ZONES + OUT) as fw:
+        said = f"The next start reads {fw.config_path}, which is another: `conntrackd history 2` prints"
+        assert said not in fw.cli("apply", candidate(fw, ZONES + NO_WEB), "--confirm", "60s").stderr
+        assert said in fw.cli("confirm").stderr
+        fw.config_path.write_text(fw.cli("history", "2").stdout)
+        assert fw.cli("apply", fw.config_path).stderr == ""
+        assert "`conntrackd history 4`" in fw.cli("apply", candidate(fw, ZONES + OUT)).stderr
+        assert fw.cli("rollback").stderr == ""
+        fw.config_path.unlink()
+        assert "The next start reads" in fw.cli("rollback").stderr
+
+
 def test_rollback_and_history(net: Network) -> None:
     with daemon(net.router, ZONES + OUT) as fw:
         assert "no generation to go back to" in fw.cli("rollback", check=False).stderr
