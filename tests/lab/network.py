@@ -34,7 +34,7 @@ class LabError(Exception):
     """Something in the lab did not do what was asked; says the command and what came out of it."""
 
 
-def wait_until(condition: Callable[[], T], what: str, timeout_s: float = 10.0, pause_s: float = 0.02) -> T:
+def wait_until(condition: Callable[[], T], what: str, timeout_s: float = 10.0, pause_s: float = 0.01) -> T:
     """Call until the answer is true and return it; LabError naming `what` when time is up."""
     deadline = time.monotonic() + timeout_s
     while True:
