@@ -6,6 +6,7 @@ import os
 import shutil
 import socket
 import tempfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -89,17 +90,25 @@ def test_listing_and_50_mb(net: Network, public: Path, mode: str, family: int, p
         assert stats["expect_create"] >= 2
 
 
-@pytest.mark.parametrize(("mode", "family"), CASES)
-def test_blocked_without_helper(net: Network, public: Path, mode: str, family: int) -> None:
+def test_blocked_without_helper(net: Network, public: Path, family: int) -> None:
+    """Each kind of data connection, side by side: all of them wait in vain."""
     ftp_server(net.server, public, 21)
+    modes = [mode for mode, of in CASES if of == family]
+    openers = {mode: net.server if mode in ("eprt", "port") else net.client for mode in modes}
     with daemon(net.router, WITHOUT) as fw:
-        done = net.client.run(*curl(net, mode, "--max-time", "6", url(net.server, family, 21)), check=False)
-        assert done.returncode == 28, done  # timed out
-        assert "large" not in done.stdout
-        dropped = fw.wait_for_drop(reason="policy", protocol="tcp")
-        opener = net.server if mode in ("eprt", "port") else net.client
-        assert dropped["src"] == opener.address(family)
-        assert fw.flow("tcp", dport=21)["helper"] is None
+        address = url(net.server, family, 21)
+        clients = [net.client.start(*curl(net, mode, "--max-time", "6", address)) for mode in modes]
+        for client in clients:
+            assert client.wait() == 28, client.output()  # timed out
+            assert "large" not in client.output()
+        dropped = {
+            (drop["src"], drop["dport"])
+            for drop in fw.drops()
+            if (drop["reason"], drop["protocol"]) == ("policy", "tcp")
+        }
+        assert Counter(source for source, _ in dropped) == Counter(host.address(family) for host in openers.values())
+        control = [flow for flow in fw.flows() if flow["orig"].get("dport") == 21]
+        assert [flow["helper"] for flow in control] == [None] * len(modes)
 
 
 @pytest.mark.parametrize("passive", ["on", "off"])
@@ -230,11 +239,11 @@ def test_port_for_a_third_party_is_refused(net: Network) -> None:
 
 
 def test_expectations_go_with_their_master(net: Network) -> None:
-    with daemon(net.router, WITH) as fw:
+    with daemon(net.router, WITH + '[conntrack]\ntcp_timeout_close = "1s"\n') as fw:
         control = Control(net)
         control.say(control.server, f"227 Entering Passive Mode ({comma(net.server.ipv4, 5000)}).")
         assert len(fw.json("flows", "--expected")) == 1
-        # A reset from each side ends the control connection for good after its timeout of ten seconds.
+        # A reset ends the control connection for good after its timeout.
         control.client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
         control.client.close()
         wait_until(lambda: not fw.json("flows", "--expected"), "the expectation has gone", 30.0)

@@ -19,6 +19,10 @@ wan = { interfaces = "wan" }
 """
 
 
+# A connection that was reset ends after a second, not after ten.
+SOON = '[conntrack]\ntcp_timeout_close = "1s"\n'
+
+
 def rule(action: str, text: str, name: str = "r") -> str:
     return f'[[rule]]\nname = "{name}"\naction = "{action}"\n{text}\n'
 
@@ -214,7 +218,7 @@ def test_rate_limit(net: Network, family: int, per: str) -> None:
 
 @pytest.mark.parametrize("key", ["max_flows", "max_flows_per_src"])
 def test_connection_limit(net: Network, family: int, key: str) -> None:
-    with daemon(net.router, ZONES + rule("accept", f'from = "lan"\n{key} = 2')) as fw:
+    with daemon(net.router, ZONES + SOON + rule("accept", f'from = "lan"\n{key} = 2')) as fw:
         pairs = [tcp_pair(net.client, net.server, family, port) for port in (7001, 7002)]
         asks(net, family, 7000, b"one too many")
         assert fw.wait_for_drop(reason="connection_limit")["rule"] == "r"
@@ -268,7 +272,8 @@ def test_zone_of_the_tracker(net: Network, family: int) -> None:
 
 
 def test_counters_of_rules(net: Network, family: int) -> None:
-    text = ZONES + rule("accept", 'from = "lan"', "out") + rule("accept", 'from = "wan"\nprotocol = 99', "never")
+    text = ZONES + SOON + rule("accept", 'from = "lan"', "out")
+    text += rule("accept", 'from = "wan"\nprotocol = 99', "never")
     with daemon(net.router, text) as fw:
         near, far = tcp_pair(net.client, net.server, family, 80)
         talk(near, far, b"x" * 1000)

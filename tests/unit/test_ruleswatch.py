@@ -188,8 +188,13 @@ def test_a_fight_slows_down_and_calms_down() -> None:
     for _ in range(REPAIRS_MAX):
         assert "rules_contested" not in events(watch, lost, now_ms)
         now_ms += EVERY_MS
+    pauses = []
     for _ in range(5):  # each after its pause, which is why there are never again so many in a minute
-        assert events(watch, lost, now_ms)[-1] == "rules_contested"
+        with capture_logs() as lines:
+            watch.judge(lost, now_ms, EVERY_MS)
+        assert lines[-1]["event"] == "rules_contested"
+        pauses.append(lines[-1]["again_in_seconds"])
         now_ms += PAUSE_MAX_MS
+    assert pauses == [20, 40, 60, 60, 60]
     assert events(watch, Look(), now_ms + MINUTE_MS) == []
     assert "rules_contested" not in events(watch, lost, now_ms + MINUTE_MS)
