@@ -31,7 +31,8 @@ $(STAMP): requirements/debian.txt requirements/debian-build.txt requirements/bui
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install -q --disable-pip-version-check --require-hashes -r requirements/build.lock
 	@$(BIN)/pip install -q --disable-pip-version-check --require-hashes --no-build-isolation -r requirements/dev.lock
-	@$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@# compat: a path that Python goes by, not a finder that each of its starts has to load.
+	@$(BIN)/pip install -q --disable-pip-version-check --no-deps --no-build-isolation -e . --config-settings editable_mode=compat
 	@touch $@
 
 demo: setup ## the main job on real packets in a private network (STAY=1 leaves it up)
