@@ -1,7 +1,7 @@
 """No input raises in the header readers, conntrack_in, the hooks or what reads a snapshot, nor breaks what
 tests/fuzz/invariants.py says.
 
-    python -m tests.fuzz.run --seconds 60              all targets, one after the other
+    python -m tests.fuzz.run --seconds 60              all targets, as many at once as there are processors
     python -m tests.fuzz.run --target hooks --corpus D keep what reaches new code in D/hooks, and begin there next time
     python -m tests.fuzz.run --replay FILE             an input that failed, once more
 
@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final
 
@@ -137,12 +138,15 @@ def main() -> int:
     shares = sum(SHARES[target] for target in targets)
     artifacts = options.artifacts or Path(tempfile.mkdtemp(prefix="conntrackd-fuzz-"))
     artifacts.mkdir(parents=True, exist_ok=True)
-    held = True
+    at_once = (os.cpu_count() or 1) if atheris_installed() else 1
     with tempfile.TemporaryDirectory(prefix="conntrackd-corpus-") as scratch:
-        for target in targets:
-            seconds = max(1, options.seconds * SHARES[target] // shares)
-            corpus = (options.corpus or Path(scratch)) / target
-            held = fuzz(target, seconds, corpus, artifacts, options.seed) and held
+
+        def work(target: str) -> bool:
+            seconds = max(1, options.seconds * at_once * SHARES[target] // shares)
+            return fuzz(target, seconds, (options.corpus or Path(scratch)) / target, artifacts, options.seed)
+
+        with ThreadPoolExecutor(at_once) as pool:
+            held = all(list(pool.map(work, targets)))
     failed = [str(path) for path in artifacts.iterdir()]
     if failed:
         print("Run an input that failed once more with: python -m tests.fuzz.run --replay", *failed)

@@ -10,7 +10,7 @@ from tests.fuzz import mutate
 from tests.fuzz.run import TARGET_NAMES, atheris_installed, seeds
 from tests.fuzz.targets import TARGETS, pack, unpack
 
-SECONDS = 12
+SECONDS = 6
 
 
 def test_no_input_breaks_an_invariant(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
