@@ -133,8 +133,8 @@ def stop(rounds: int) -> Result:
     result = Result(rounds)
     with _prepared() as (net, fw):
         load = Load(net)
-        for _ in range(rounds):
-            time.sleep(CATCH_UP_S)
+        for number in range(rounds):
+            time.sleep(CATCH_UP_S if number else SETTLE_S)
             assert fw.stop() == 0, fw.log()
             assert "Traceback" not in fw.log(), fw.log()
             fw.start()
