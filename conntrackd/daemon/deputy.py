@@ -24,7 +24,7 @@ import structlog
 from conntrackd.const import IPCT_DESTROY
 from conntrackd.core.conntrack import gc
 from conntrackd.daemon.hugepages import resident
-from conntrackd.daemon.queue import Queue
+from conntrackd.daemon.queue import CONFIRM_BUDGET, TRACK_BUDGET, Queue
 from conntrackd.daemon.snapshot import ending
 from conntrackd.hooks import Firewall
 
@@ -32,8 +32,6 @@ TABLES: Final = 2  # times the memory of the daemon that must be left for it
 READY_S: Final = 5.0
 RELIEF_S: Final = 30.0  # how long a deputy may take to tell what has changed
 EVENTS_MAX: Final = 1 << 16  # in one turn
-TRACK_BUDGET: Final = 64
-CONFIRM_BUDGET: Final = 512
 MEMINFO: Final = Path("/proc/meminfo")
 STDERR: Final = 2
 

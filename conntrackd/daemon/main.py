@@ -46,7 +46,7 @@ from conntrackd.daemon.mark import Mark
 from conntrackd.daemon.nfnetlink import NFQA_CFG_F_FAIL_OPEN, NFQA_CFG_F_GSO
 from conntrackd.daemon.notify import Notify
 from conntrackd.daemon.policyanswers import PolicyAnswers
-from conntrackd.daemon.queue import Queue, QueueError
+from conntrackd.daemon.queue import CONFIRM_BUDGET, TRACK_BUDGET, Queue, QueueError
 from conntrackd.daemon.rulesjob import RulesJob
 from conntrackd.daemon.ruleswatch import RulesWatch
 from conntrackd.daemon.simulate import Parts, SimulateError
@@ -63,10 +63,6 @@ from conntrackd.values import endpoint
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
-
-# Packets per turn of the loop.
-TRACK_BUDGET: Final = 64
-CONFIRM_BUDGET: Final = 512
 
 TICK_MS: Final = 1000  # how often the control socket looks for clients that hang
 STATUS_MS: Final = 5000  # how often the service manager is told how we are

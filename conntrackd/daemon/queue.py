@@ -56,6 +56,9 @@ if TYPE_CHECKING:
 COPY_RANGE: Final = 3900  # bytes of a packet: more would not fit NetfilterQueue's buffer if its loop ever ran
 MESSAGE_MAX: Final = 4352  # a packet and what the kernel says about it
 MESSAGES_AT_ONCE: Final = 64
+# Packets in a turn of whoever reads the queues.
+TRACK_BUDGET: Final = 64
+CONFIRM_BUDGET: Final = 512
 MESSAGE_HEADER: Final = 20  # nlmsghdr and nfgenmsg; attributes follow
 # What the kernel charges the socket for a packet of common size, and half of what it charges for a big one; it grants
 # twice what it is asked for.

@@ -23,7 +23,6 @@ import msgspec
 from conntrackd.core.conn import Conn
 from conntrackd.core.rows import Names, pack_conn, pack_conns, pack_expect
 from conntrackd.core.stats import Stats
-from conntrackd.core.table import EVER_MS
 from conntrackd.hooks import Firewall
 from conntrackd.policy.sets import AddressSet
 
@@ -133,7 +132,7 @@ class Freezing:
         `unconfirmed` is for who takes over at once: with connections whose first packet is on its way.
         """
         yield from self._begin()
-        yield from self._connections(EVER_MS)
+        yield from self._connections(self._fw.net.table.connections())
         if unconfirmed:
             yield from self._unconfirmed()
         yield from self._all_else()
@@ -141,17 +140,18 @@ class Freezing:
     def base(self) -> Iterator[bytes]:
         """Make what `changes` are told against later: the confirmed connections, and nothing else."""
         yield from self._begin()
-        yield from self._connections(EVER_MS)
+        yield from self._connections(self._fw.net.table.connections())
         yield self._end()
 
     def changes(self, since_ms: int, ended: Iterator[bytes]) -> Iterator[bytes]:
         """Make what has changed since `base` was made at `since_ms`; `ended` are rows (ENDING) of what is no more.
+        To be made in one go.
 
         A packet that was not let through counts as none: what it may have changed about its connection stays behind.
         """
         yield from self._begin()
         yield from self._sliced(ENDED, ended)
-        yield from self._connections(since_ms)
+        yield from self._connections(self._fw.net.table.seen_since(since_ms))
         yield from self._unconfirmed()
         yield from self._all_else()
 
@@ -159,10 +159,9 @@ class Freezing:
         yield START.pack(MAGIC, VERSION)
         yield self._block(HEAD, msgspec.json.encode(self._head))
 
-    def _connections(self, since_ms: int) -> Iterator[bytes]:
-        table = self._fw.net.table
-        connections = table.connections(since_ms)
-        while rows := pack_conns(connections, SLICE, table.labels, self._links, self._names):
+    def _connections(self, connections: Iterator[Conn]) -> Iterator[bytes]:
+        labels = self._fw.net.table.labels
+        while rows := pack_conns(connections, SLICE, labels, self._links, self._names):
             self.flows += len(rows)
             yield self._collect(CONNS, rows)
         yield self._rest(CONNS)
