@@ -32,7 +32,10 @@ def _snapshot(state: api.StateStatus | None) -> str:
 
 def run(args: argparse.Namespace) -> int:
     """Show it; returns the exit code."""
-    (row,) = api.request(api.socket_path(getattr(args, "socket", None)), "status")
+    try:
+        (row,) = api.request(api.socket_path(getattr(args, "socket", None)), "status")
+    except api.DaemonNotRunningError as error:
+        raise api.DaemonNotRunningError(f"{error} `conntrackd doctor` says what becomes of packets.") from None
     if args.output == "json":
         print(msgspec.json.format(row).decode())
         return EXIT_OK

@@ -80,26 +80,31 @@ class PolicyAnswers:
             raise api.RequestError(str(error)) from None
         size = (len(packet.tuple_) - 5) >> 1
         source, target = packet.tuple_[1 : 1 + size], packet.tuple_[1 + size : 1 + 2 * size]
-        from_zone = self._zone(packet.way_in, source, "in")
-        to_zone = self._zone(packet.way_out, target, "out")
-        steps = [api.ExplainStep(*step) for step in explain(self._fw.ruleset, packet, from_zone, to_zone, self.now_ms)]
+        from_zone, came = self._zone(packet.way_in, source, "in")
+        to_zone, goes = self._zone(packet.way_out, target, "out")
+        asked = explain(self._fw.ruleset, packet, from_zone, to_zone, self.now_ms, (came, goes))
+        steps = [api.ExplainStep(*step) for step in asked]
         ct = self._fw.net.table.get(packet.tuple_)
         if ct is not None:
             why = f"the packet belongs to connection {ct.id}, which this rule has admitted: no rule is asked"
             steps.append(api.ExplainStep(ct.rule, "accept", True, why))
         return steps
 
-    def _zone(self, where: str, address: bytes, way: str) -> int:
-        """Find the zone that is meant: by name, by an interface, or by where the router would send to the address."""
+    def _zone(self, where: str, address: bytes, way: str) -> tuple[int, str]:
+        """Find the zone that is meant: by name, by an interface, or by where the router would send to the address.
+
+        And the name of the interface; "" if there is none.
+        """
         ruleset = self._fw.ruleset
         number = int.from_bytes(address, "big")
         if not where:
-            return ruleset.zone(_route(address, way), number, len(address) == 16)
+            index = _route(address, way)
+            return ruleset.zone(index, number, len(address) == 16), self._links.names.get(index, "")
         if where in ruleset.zones:
-            return ruleset.zones[where]
+            return ruleset.zones[where], ""
         for index, name in self._links.names.items():
             if name == where:
-                return ruleset.zone(index, number, len(address) == 16)
+                return ruleset.zone(index, number, len(address) == 16), name
         options = [*ruleset.zones, *self._links.names.values()]
         raise api.RequestError(sentence(f"There is no zone and no interface {where!r}", nearest(where, options)))
 

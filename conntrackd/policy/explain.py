@@ -119,14 +119,28 @@ def _code(text: str) -> int:
     raise ExplainError(f"{text!r} is no code (expected a number from 0 to 255).")
 
 
-def explain(ruleset: Ruleset, packet: Packet, from_zone: int, to_zone: int, now_ms: int) -> list[Step]:
-    """Ask the rules one after the other; the last step is the one that decides."""
+def explain(
+    ruleset: Ruleset,
+    packet: Packet,
+    from_zone: int,
+    to_zone: int,
+    now_ms: int,
+    ways: tuple[str, str] = ("", ""),
+) -> list[Step]:
+    """Ask the rules one after the other; the last step is the one that decides.
+
+    `ways` are the interfaces it comes and goes by, if they are known: to say which is in no zone.
+    """
     steps = []
     names = {number: f"zone {name}" for name, number in ruleset.zones.items()} | {0: "no zone", 1: "the router itself"}
+    ends = [
+        f"{way}, which is in no zone" if way and not zone else names[zone]
+        for way, zone in zip(ways, (from_zone, to_zone), strict=True)
+    ]
     for rule in ruleset.rules:
         if rule.order >= len(ruleset.rules):
             continue  # a default
-        why = _why_not(rule, packet, from_zone, to_zone, names, now_ms)
+        why = _why_not(rule, packet, from_zone, to_zone, names, ends, now_ms)
         steps.append(Step(rule.name, ACTION_NAMES[rule.action], not why, why or _what_then(rule)))
         if not why and rule.action not in (LOG,):
             return steps
@@ -153,8 +167,10 @@ def _what_then(rule: Rule) -> str:
     return "matches, as long as its limits allow" if rule.limited and rule.action == ACCEPT else "matches"
 
 
-def _why_not(rule: Rule, packet: Packet, from_zone: int, to_zone: int, names: dict[int, str], now_ms: int) -> str:
-    """Say what is not true of a packet; "" if all is."""
+def _why_not(
+    rule: Rule, packet: Packet, from_zone: int, to_zone: int, names: dict[int, str], ends: list[str], now_ms: int
+) -> str:
+    """Say what is not true of a packet, which comes from and goes to `ends`; "" if all is."""
     tuple_ = packet.tuple_
     ipv6 = len(tuple_) == 37
     size = 16 if ipv6 else 4
@@ -165,9 +181,9 @@ def _why_not(rule: Rule, packet: Packet, from_zone: int, to_zone: int, names: di
     elif packet.state not in rule.states:
         return f"the packet is {STATE_NAMES[packet.state]}, the rule is about {_zones(rule.states, STATE_NAMES)}"
     if rule.from_zones and not rule.from_zones >> from_zone & 1:
-        return f"it comes from {names[from_zone]}, not from {_named(rule.from_zones, names)}"
+        return f"it comes from {ends[0]}, not from {_named(rule.from_zones, names)}"
     if rule.to_zones and not rule.to_zones >> to_zone & 1:
-        return f"it goes to {names[to_zone]}, not to {_named(rule.to_zones, names)}"
+        return f"it goes to {ends[1]}, not to {_named(rule.to_zones, names)}"
     why = _why_not_traffic(rule.traffic, tuple_)
     if why:
         return why

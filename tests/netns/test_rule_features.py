@@ -321,6 +321,10 @@ def test_explain_asks_the_running_policy(net: Network, fw: Daemon) -> None:
     steps = fw.json("explain", "tcp 10.1.0.2:1234 > 10.2.0.2:443 in lan out wan")
     assert [(step["rule"], step["matches"]) for step in steps] == [("lan-to-wan", True)]
     assert fw.json("explain", "udp [fd00:1::2]:5 > [fd00:1::1]:53")[-1]["rule"] == "lan-to-router"
+    net.router.run("ip", "link", "add", "dmz0", "type", "veth", "peer", "name", "dmz1")
+    wait_until(lambda: "dmz0" in {link["name"] for link in fw.status()["interfaces"]}, "the daemon knows it")
+    for step in fw.json("explain", "tcp 10.1.0.2 > 10.2.0.2:443 in dmz0")[:2]:
+        assert step["why"].startswith("it comes from dmz0, which is in no zone, not from zone lan")
     server = udp_socket(net.server, 4, 7000)
     client = asks(net, 4, 7000, b"x")
     assert server.recv(100) == b"x"

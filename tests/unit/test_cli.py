@@ -158,6 +158,12 @@ def test_a_word_that_is_nearly_right(words: tuple[str, ...], says: str) -> None:
     assert says in done.stderr
 
 
+def test_status_without_a_daemon_says_who_knows_of_the_packets(tmp_path: Path) -> None:
+    done = conntrackd("--socket", str(tmp_path / "s"), "status")
+    assert (done.returncode, done.stdout) == (3, "")
+    assert "not running. `conntrackd doctor` says what becomes of packets." in done.stderr
+
+
 def test_a_socket_path_that_is_too_long(tmp_path: Path) -> None:
     done = conntrackd("--socket", f"{tmp_path}/{'x' * 120}", "status")
     assert (done.returncode, "path too long" in done.stderr) == (1, True)
