@@ -1,5 +1,7 @@
 """The log: readable lines when stderr is a terminal, else JSON lines. Nothing is logged per packet.
 
+The journal is told how important a line is, as sd-daemon(3) says, so that `journalctl -p warning` finds it.
+
 Who logs never waits: a thread does the writing. While stderr takes nothing, as a pipe that nobody reads, LINES_MAX
 lines may wait. What comes on top is lost, and so is what a full disk refuses; both are counted.
 """
@@ -15,6 +17,8 @@ from typing import Final
 import structlog
 
 LINES_MAX: Final = 4096
+# syslog's numbers
+PRIORITIES: Final = {"debug": 7, "info": 6, "warning": 4, "error": 3, "exception": 3, "critical": 2}
 FLUSH_S: Final = 1.0  # how long a daemon that ends waits for its last lines to be taken
 
 
@@ -75,6 +79,15 @@ class Sink:
             self._torn = bool(rest)
 
 
+def _is_journal(fd: int) -> bool:
+    status = os.fstat(fd)
+    return os.environ.get("JOURNAL_STREAM") == f"{status.st_dev}:{status.st_ino}"
+
+
+def _with_priority(_logger: object, level: str, line: object) -> str:
+    return f"<{PRIORITIES[level]}>{line}"
+
+
 def configure() -> Sink:
     """Set structlog up for this process; returns what its lines go through."""
     shared: list[structlog.typing.Processor] = [
@@ -85,6 +98,8 @@ def configure() -> Sink:
         shared.append(structlog.dev.ConsoleRenderer())
     else:
         shared += [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
+        if _is_journal(sys.stderr.fileno()):
+            shared.append(_with_priority)
     sink = Sink(sys.stderr.fileno())
     structlog.configure(
         processors=shared,

@@ -5,6 +5,7 @@ import os
 import pty
 import subprocess
 import sys
+from pathlib import Path
 
 from conntrackd.daemon.log import LINES_MAX, Sink
 
@@ -48,6 +49,19 @@ def test_json_when_stderr_is_no_terminal() -> None:
     assert (entry["event"], entry["level"], entry["queue"]) == ("failed", "error", 1)
     assert entry["timestamp"].endswith("Z")
     assert "ZeroDivisionError" in entry["exception"]
+
+
+def test_the_journal_is_told_how_important_a_line_is(tmp_path: Path) -> None:
+    """Where stderr is the journal, of which systemd tells device and inode; a program that is not has none of it."""
+    with (tmp_path / "journal").open("w+b") as journal:
+        status = os.fstat(journal.fileno())
+        for inode, begins in ((status.st_ino, b"<3>{"), (status.st_ino + 1, b"{")):
+            env = os.environ | {"JOURNAL_STREAM": f"{status.st_dev}:{inode}"}
+            subprocess.run([sys.executable, "-c", PROGRAM], stderr=journal, check=True, env=env)
+            journal.seek(0)
+            assert journal.read().startswith(begins)
+            journal.seek(0)
+            journal.truncate()
 
 
 def test_readable_on_a_terminal() -> None:
