@@ -16,6 +16,7 @@ Nothing here knows the operating system, the clock or the policy: `now_ms` is an
 
 from conntrackd.const import (
     INVALID,
+    INVALID_GRE_VERSION,
     INVALID_IP_HEADER,
     INVALID_L4_TRUNCATED,
     INVALID_NOT_INVERTIBLE,
@@ -107,7 +108,7 @@ def track(net: Conntrack, data: bytes, length: int, checksum: bool, zone: int, n
 
     part = transport_part(data, dataoff, protonum)
     if not part:
-        return INVALID_L4_TRUNCATED, None
+        return INVALID_GRE_VERSION if protonum == IPPROTO_GRE else INVALID_L4_TRUNCATED, None
     key = bytes((protonum,)) + addresses(data, 0) + part
     if protonum == IPPROTO_GRE:
         key = net.table.gre_tuple(key, data, dataoff, zone)

@@ -43,7 +43,7 @@ PROTOCOL_NAMES: Final = {
 def transport_part(data: bytes, dataoff: int, protonum: int) -> bytes:
     """Cut the last four bytes of the tuple from the transport header at `dataoff` [nf_ct_get_tuple].
 
-    Returns b"" when the header is too short or can't be part of a connection.
+    Returns b"" when the header is too short, or is GRE's of PPTP's version and carries no PPP.
     """
     if protonum == IPPROTO_TCP or protonum == IPPROTO_UDP:
         ports = data[dataoff : dataoff + 4]

@@ -1,7 +1,7 @@
 import pytest
 
 from conntrackd.const import (
-    INVALID_L4_TRUNCATED,
+    INVALID_GRE_VERSION,
     IP_CT_ESTABLISHED_REPLY,
     IP_CT_NEW,
     IPS_ASSURED,
@@ -46,7 +46,7 @@ def test_version_1_is_one_flow_per_call_id() -> None:
 
 
 def test_version_1_that_carries_no_ppp_is_invalid() -> None:
-    assert Talk().send(gre(1, 0x0800, bytes(4))) >= INVALID_L4_TRUNCATED
+    assert Talk().send(gre(1, 0x0800, bytes(4))) == INVALID_GRE_VERSION
 
 
 @pytest.mark.parametrize("size", range(4))
