@@ -55,7 +55,7 @@ from conntrackd.core.proto.generic import generic_packet
 from conntrackd.core.proto.gre import GreConn, gre_packet
 from conntrackd.core.proto.gre import set_timeouts as set_gre_timeouts
 from conntrackd.core.proto.icmp import HEADER as ICMP_HEADER
-from conntrackd.core.proto.icmp import NOT_AN_ERROR, icmp_error, icmp_packet
+from conntrackd.core.proto.icmp import NOT_AN_ERROR, icmp_error, icmp_packet, is_error
 from conntrackd.core.proto.icmpv6 import icmpv6_error, icmpv6_packet
 from conntrackd.core.proto.sctp import SctpConn, sctp_packet
 from conntrackd.core.proto.sctp import state_timeout as sctp_state_timeout
@@ -300,7 +300,9 @@ def attach(net: Conntrack, data: bytes, zone: int = 0) -> bool:
         if len(data) < dataoff + TCP_HEADER or not data[dataoff + 13] & RST:
             return False
         refused = invert(get_tuple(data, 0))
-    elif protonum == IPPROTO_ICMP or (protonum == IPPROTO_ICMPV6 and len(data) > dataoff and data[dataoff] < 128):
+    elif len(data) <= dataoff:
+        return False
+    elif (protonum == IPPROTO_ICMP and is_error(data[dataoff])) or (protonum == IPPROTO_ICMPV6 and data[dataoff] < 128):
         refused = net.table.read_tuple(data, dataoff + ICMP_HEADER, zone)
     else:
         return False

@@ -10,6 +10,7 @@ from conntrackd.const import (
     INVALID_FRAGMENT,
     INVALID_TCP_NEW,
     IP_CT_NEW,
+    IP_CT_RELATED_REPLY,
     IPS_CONFIRMED,
     IPS_EXPECTED,
     MARK_ESTABLISHED,
@@ -282,6 +283,31 @@ def test_recent_drops_are_bounded_and_the_newest_is_where_it_says(router: Router
     assert len(router.fw.drops) == DROPS_MAX
     assert min(entry[0] for entry in router.fw.drops) == START_MS + 10
     assert router.fw.drop_counts == {"ip_header": DROPS_MAX + 10}
+
+
+# --- The router's answers ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "answer", [error(udp(b"x")), tcp(RST | ACK, 0, 1, back=True)], ids=["time exceeded", "reset of a REJECT"]
+)
+def test_answer_of_the_router_to_what_it_does_not_let_through_is_related(router: Router, answer: bytes) -> None:
+    router.enter(udp(b"x"))
+    router.enter(tcp(SYN))
+    assert router.enter(answer, iif=0) == MARK_RELATED | MARK_REPLY
+
+
+@pytest.mark.parametrize(
+    "packet",
+    [error(udp(b"x", sport=1)), error(udp(b"x"), kind=8), tcp(ACK, 0, 1, back=True)],
+    ids=["about something else", "a query that only looks like one", "no reset"],
+)
+def test_what_the_router_sends_besides_is_tracked(router: Router, packet: bytes) -> None:
+    router.enter(udp(b"x"))
+    router.enter(tcp(SYN))
+    before = router.fw.net.stats.ctinfo[IP_CT_RELATED_REPLY]
+    router.enter(packet, iif=0)
+    assert router.fw.net.stats.ctinfo[IP_CT_RELATED_REPLY] == before
 
 
 # --- Timeouts of a rule -----------------------------------------------------------------------------------------

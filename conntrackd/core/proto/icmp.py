@@ -32,6 +32,12 @@ ICMP_TYPE_MAX: Final = 18  # NR_ICMP_TYPES: the kernel calls anything above a my
 NOT_AN_ERROR: Final = -1
 
 
+def is_error(icmp_type: int) -> bool:
+    """Whether a message is about another packet, which it quotes [icmp_is_err]."""
+    # Unreachable, source quench, redirect, time exceeded, parameter problem (RFC 792).
+    return icmp_type == 3 or icmp_type == 4 or icmp_type == 5 or icmp_type == 11 or icmp_type == 12
+
+
 def icmp_error(
     net: Conntrack, data: bytes, dataoff: int, length: int, checksum: bool, zone: int, now_ms: int
 ) -> tuple[int, Conn | None]:
@@ -46,8 +52,7 @@ def icmp_error(
     icmp_type = data[dataoff]
     if icmp_type > ICMP_TYPE_MAX:
         return INVALID_ICMP_TYPE, None
-    # Unreachable, source quench, redirect, time exceeded, parameter problem (RFC 792).
-    if icmp_type == 3 or icmp_type == 4 or icmp_type == 5 or icmp_type == 11 or icmp_type == 12:
+    if is_error(icmp_type):
         return related_to_quoted(net, data, dataoff + HEADER, data[16:20], zone, now_ms)
     return NOT_AN_ERROR, None
 
