@@ -47,9 +47,11 @@ class ConfigError:
         # Tabs stay tabs, so that the carets stand under what they mean.
         before = re.sub(r"[^\t]", " ", self.source[: self.column - 1])
         carets = "^" * max(1, self.end_column - self.column)
+        # What a terminal would obey, or not show, is shown as a character that is none.
+        source = "".join(char if char.isprintable() or char == "\t" else "\ufffd" for char in self.source)
         return (
             f"{self.file}:{self.line}:{self.column}: {kind}: {sentence}\n"
-            f"{self.line:5} | {self.source}\n"
+            f"{self.line:5} | {source}\n"
             f"{'':5} | {before}{carets}"
         )
 

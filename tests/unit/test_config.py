@@ -686,3 +686,10 @@ def test_conf_d(tmp_path: Path) -> None:
     with pytest.raises(ConfigErrors) as raised:
         config.load(main)
     assert [Path(error.file).name for error in raised.value.errors] == ["30.toml"]
+
+
+def test_a_terminal_obeys_no_configuration() -> None:
+    with pytest.raises(ConfigErrors) as caught:
+        config.parse(b'version = 1\n[zones]\nlan = { interfaces = "\x1b[31m" }\n', "test.toml")
+    assert "\x1b" not in str(caught.value)
+    assert 'interfaces = "\ufffd[31m"' in str(caught.value)
