@@ -103,6 +103,32 @@ def test_broadcasts(asking: tuple[HelpingRouter, socket.socket], port: int) -> N
         assert abs(entry.timeout - (ct.expires_ms - NOW_MS) // 1000) <= 1
 
 
+NUMBERS = ("7000", "05060", "005060", "00000007000", "000000007000", "8000000", "4294967296", "18446744073709558616")
+CONTACT = "Expires: {expires}\r\nContact: <sip:u@{ip}:{port}>{tail}\r\n\r\n"
+REGISTER = "REGISTER sip:x SIP/2.0\r\nCSeq: {cseq} REGISTER\r\n" + CONTACT
+REGISTERED = "SIP/2.0 {code} OK\r\nCSeq: 7 REGISTER\r\n" + CONTACT
+INVITE = "INVITE sip:x SIP/2.0\r\nCSeq: 7 INVITE\r\n\r\nv=0\r\nc=IN IP4 {ip}\r\nm=audio {port} RTP/AVP 0\r\n"
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_long_numbers_of_sip(number: str) -> None:
+    """Zeros in front, and what is more than 32 bits; a registration may be for longer than its connection lives."""
+    usual = {"cseq": "7", "expires": "60", "port": "6000", "tail": "", "code": "200"}
+    with HelpingTwin() as twin:
+        for index, (name, value) in enumerate(
+            (("cseq", number), ("expires", number), ("port", number), ("tail", f";expires={number}"), ("code", number))
+        ):
+            scene = Scene(random.Random(1), index, 4)
+            said = usual | {name: value, "ip": scene.text(kernel.CLIENT)}
+            texts = (REGISTER, REGISTERED) if name != "port" else (REGISTER, REGISTERED, INVITE)
+            for text in texts:
+                side = kernel.SERVER if text is REGISTERED else kernel.CLIENT
+                scene.udp(side, 5060, 5060, text.format(**said).encode())
+            scene.udp(kernel.CLIENT, 5060, 5060, REGISTER.format(**said).rstrip("\r\n").rstrip(">").encode())
+            for side, packet in scene.steps:
+                assert not twin.forward(side, packet)[0], (name, packet)
+
+
 # --- Wanted differences (docs/differences.md) ---------------------------------------------------------------------
 
 

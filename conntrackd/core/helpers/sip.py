@@ -21,7 +21,7 @@ from conntrackd.core.expect import (
     expect_from,
 )
 from conntrackd.core.helper import Help, Helper, Message, Policy
-from conntrackd.core.helpers.text import ULONG, ipv4_at, ipv6_at, is_alpha, is_digit, number_at
+from conntrackd.core.helpers.text import ipv4_at, ipv6_at, is_alpha, is_digit, number_at
 from conntrackd.core.net import Conntrack
 from conntrackd.core.tuples import destination, source
 from conntrackd.wire.fields import u32
@@ -30,6 +30,9 @@ MASTER_TIMEOUT_MS: Final = 3_600_000
 PORT: Final = 5060
 PORT_MIN: Final = 1024
 PORT_MAX: Final = 65535
+PORT_DIGITS: Final = 5
+UINT: Final = 0xFFFFFFFF
+NUMBER_DIGITS: Final = 11  # of any other number, zeros in front of it included
 
 VERSION: Final = b"SIP/2.0 "
 SHORTEST: Final = 11  # "SIP/2.0 200"
@@ -135,7 +138,7 @@ class Sip(Helper):
         """Read a response; returns NF_ACCEPT or NF_DROP."""
         info = ct.help
         assert isinstance(info, SipHelp)
-        code, _ = number_at(text, len(VERSION))
+        code, _ = uint_at(text, len(VERSION))
         cseq, end = read_cseq(text)
         if code == 0 or end < 0:
             return NF_DROP
@@ -176,7 +179,7 @@ class Sip(Helper):
             if media_class == 0:
                 at = end
                 continue
-            port, _ = number_at(text, at)
+            port, _ = uint_at(text, at)
             if port == 0:
                 continue  # a stream that is not wanted
             if port < PORT_MIN or port > PORT_MAX:
@@ -291,7 +294,7 @@ class Sip(Helper):
             shown_key = shown[:1] + shown[1 + size : 1 + 2 * size] + shown[-2:]
             if expect.expect_class == SIGNALLING and shown_key == key:
                 expect.flags &= ~EXPECT_INACTIVE
-                expect.expires_ms = now_ms + min(seconds, MASTER_TIMEOUT_MS // 1000) * 1000
+                expect.expires_ms = now_ms + seconds * 1000
                 return True
         return False
 
@@ -331,6 +334,12 @@ def skip_space(text: bytes, at: int, end: int) -> int:
     return at
 
 
+def uint_at(text: bytes, at: int) -> tuple[int, int]:
+    """Read a number of 32 bits and where it ends [sip_strtouint]; 0 and `at` if there is none, or it is too long."""
+    number, end = number_at(text, at)
+    return (number, end) if end - at <= NUMBER_DIGITS and number <= UINT else (0, at)
+
+
 def header(text: bytes, name: bytes, compact: bytes, at: int) -> tuple[int, int]:
     """Find the next header of a name, or of its compact form, in a line that begins behind `at`.
 
@@ -355,11 +364,12 @@ def header(text: bytes, name: bytes, compact: bytes, at: int) -> tuple[int, int]
 
 
 def header_number(text: bytes, name: bytes, compact: bytes) -> tuple[int, int]:
-    """Read the number of a header, and where it ends; 0 and -1 if there is none."""
+    """Read the number of a header, and where it ends; 0 and -1 if there is none, or a bigger one than there may be."""
     at, end = header(text, name, compact, 0)
     while at >= 0:
         if at < end and is_digit(text[at]):
-            return number_at(text, at)
+            number, stop = uint_at(text, at)
+            return (number, stop) if stop > at else (0, -1)
         at, end = header(text, name, compact, at)
     return 0, -1
 
@@ -367,13 +377,13 @@ def header_number(text: bytes, name: bytes, compact: bytes) -> tuple[int, int]:
 def read_cseq(text: bytes) -> tuple[int, int]:
     """Read the sequence number of the request, and where it ends; -1 if there is none."""
     cseq, end = header_number(text, b"cseq", b"")
-    return cseq & 0xFFFFFFFF, end
+    return cseq, end
 
 
 def expires_header(text: bytes) -> int:
     """Read how many seconds a registration is for, as long as its contact does not say; 0 if it is not said."""
     seconds, _ = header_number(text, b"expires", b"")
-    return seconds & 0xFFFFFFFF
+    return seconds
 
 
 def message_length(text: bytes, at: int) -> int:
@@ -383,7 +393,7 @@ def message_length(text: bytes, at: int) -> int:
     if end < 0:
         return 0
     body = rest.find(b"\r\n\r\n", end)
-    return min(body + 4 + length, ULONG) if body >= 0 else 0
+    return body + 4 + length if body >= 0 else 0
 
 
 def method_at(text: bytes, at: int) -> bytes:
@@ -444,7 +454,10 @@ class Contact:
             return False
         self.port = PORT
         if end < len(text) and text[end] == 0x3A:
-            self.port, end = number_at(text, end + 1)
+            port, stop = number_at(text, end + 1)
+            # As the kernel: 05060 is a port, 005060 is none, and behind it comes something.
+            self.port = port if stop - end - 1 <= PORT_DIGITS and stop < len(text) else 0
+            end = stop
         self.end = end
         return True
 
@@ -490,9 +503,8 @@ def parameter_number(text: bytes, at: int, name: bytes, default: int) -> int:
     found = parameter(text, at, name)
     if found < 0:
         return default
-    if found >= len(text) or not is_digit(text[found]):
-        return -1
-    return number_at(text, found)[0] & 0xFFFFFFFF
+    number, stop = uint_at(text, found)
+    return number if stop > found else -1
 
 
 # --- The text of a session description ------------------------------------------------------------------------
