@@ -100,21 +100,21 @@ def available() -> int:
 
 def appoint(stand_in: Callable[[socket.socket], None], fork: Callable[[], int]) -> Deputy | None:
     """Fork a deputy that does this, with its end of a socket pair; None if that is not to be had."""
-    if available() < TABLES * resident():
-        log.warning("handover_without_deputy", error="the machine has too little memory left")
-        return None
-    ours, its = socket.socketpair()
     try:
-        pid = fork()
+        if available() < TABLES * resident():
+            log.warning("handover_without_deputy", error="the machine has too little memory left")
+            return None
+        ours, its = socket.socketpair()
+        with ours, its:
+            pid = fork()
+            if pid == 0:
+                ours.close()
+                _be(stand_in, its)
+            process = os.pidfd_open(pid)  # without one it ends by itself, for nobody holds the other end
+            deputy = Deputy(ours.detach(), process)
     except OSError as error:
         log.warning("handover_without_deputy", error=error.strerror)
-        ours.close()
-        its.close()
         return None
-    if pid == 0:
-        _be(stand_in, its)
-    its.close()
-    deputy = Deputy(ours.detach(), os.pidfd_open(pid))
     if not deputy.is_ready():
         log.warning("handover_without_deputy", error="it did not begin")
         deputy.dismiss()

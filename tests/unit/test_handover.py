@@ -1,8 +1,10 @@
 """What passes to the next process, and what is made of what the process before has left."""
 
+import errno
 import fcntl
 import os
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from conntrackd import api
-from conntrackd.daemon import handover
+from conntrackd.daemon import deputy, handover
 from conntrackd.daemon.control import Asked
 from conntrackd.daemon.handover import Restart
 from tests.lab.network import wait_until
@@ -35,7 +37,7 @@ def test_the_next_program_gets_the_descriptors_and_signals_wait_for_it(tmp_path:
     program = tmp_path / "program.py"
     program.write_text("""
 import os, signal, sys
-from conntrackd.daemon import handover
+from conntrackd.daemon import deputy, handover
 found = handover.heirlooms()
 if found:
     os.kill(os.getpid(), signal.SIGTERM)  # a stop in the middle of it
@@ -108,3 +110,25 @@ def test_it_takes_the_right_to_change_things() -> None:
     with pytest.raises(api.RequestError, match="needs root"):
         Restart().rows(Asked("restart", {}, 1, 12345))
     assert Restart().rows(Asked("status", {}, 1, 0)) is None
+
+
+@pytest.mark.parametrize("lacking", ["memory", "descriptors", "a process file"])
+def test_without_what_a_deputy_needs_there_is_none(monkeypatch: pytest.MonkeyPatch, lacking: str) -> None:
+    def none_left(*_: object) -> None:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    if lacking == "memory":
+        monkeypatch.setattr(deputy, "available", lambda: 1 << 20)
+    elif lacking == "descriptors":
+        monkeypatch.setattr(socket, "socketpair", none_left)
+    else:
+        monkeypatch.setattr(os, "pidfd_open", none_left)
+    ended, noted = os.pipe()
+
+    def stand_in(sock: socket.socket) -> None:
+        os.write(noted, sock.recv(1) or b"nobody there")
+
+    assert deputy.appoint(stand_in, os.fork) is None
+    os.close(noted)
+    assert os.read(ended, 100) == (b"nobody there" if lacking == "a process file" else b"")
+    os.close(ended)
