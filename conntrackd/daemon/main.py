@@ -193,11 +193,11 @@ class Daemon:
             self._export(endpoint(self._config.metrics.listen))
         self._state.now_ms = self._generations.now_ms = self._clock.now_ms()
         self._state.open()
-        state, deputy = heirlooms.pop(handover.STATE, -1), heirlooms.pop(handover.DEPUTY, -1)
+        state = heirlooms.pop(handover.STATE, -1)
+        deputy, process = heirlooms.pop(handover.DEPUTY, -1), heirlooms.pop(handover.DEPUTY_PROCESS, -1)
         complete = state >= 0
         if state >= 0:
-            stands_in = Deputy(deputy, heirlooms.pop(handover.DEPUTY_PROCESS)) if deputy >= 0 else None
-            complete = self._state.inherit(state, stands_in)
+            complete = self._state.inherit(state, Deputy(deputy, process) if deputy >= 0 and process >= 0 else None)
             self._notify.forget(handover.STATE)
         else:
             self._state.restore()

@@ -106,6 +106,8 @@ class State:
                 restoring = self.take(file)
             except (SnapshotError, OSError) as error:
                 log.warning("handover_state_unusable", error=str(error))
+                if deputy is not None:
+                    deputy.dismiss()  # what it has changed is told against what was no good
                 self.restore()
                 return deputy is None
         return deputy is None or self.catch_up(deputy, restoring)

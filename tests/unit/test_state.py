@@ -1,6 +1,8 @@
 """The snapshot's file: written beside the packets and replaced as a whole, set aside when it is no good."""
 
 import os
+import select
+import socket
 import stat
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from structlog.testing import capture_logs
 from conntrackd import api
 from conntrackd.config import Config, parse
 from conntrackd.daemon import simulate
+from conntrackd.daemon.deputy import appoint
 from conntrackd.daemon.generations import Generations
 from conntrackd.daemon.notify import Notify
 from conntrackd.daemon.snapshot import MAGIC, START, VERSION, check
@@ -300,3 +303,22 @@ def test_a_disk_that_hangs_holds_up_nothing_but_the_snapshot(
     daemon.begin()
     daemon.go_on()
     assert (daemon.status().taken, daemon.status().flows) == (1, 3000)
+
+
+def test_a_deputy_whose_table_did_not_arrive_is_sent_away(directory: Path, tmp_path: Path) -> None:
+    """Two processes must not read the same queues."""
+
+    def stand_in(sock: socket.socket) -> None:
+        sock.send(b"!")
+        while True:
+            sock.recv(1)
+
+    (tmp_path / "no state").write_bytes(b"nothing of ours")
+    daemon = Daemon(directory)
+    deputy = appoint(stand_in, os.fork)
+    assert deputy is not None
+    process = os.dup(deputy.fds()[1])
+    assert not daemon.state.inherit(os.open(tmp_path / "no state", os.O_RDONLY), deputy)
+    assert select.select([process], [], [], 10)[0], "it has not ended"
+    os.close(process)
+    daemon.state.close()
